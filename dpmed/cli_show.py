@@ -1,0 +1,119 @@
+"""Results for a reader at the terminal: a few lines and tables on stdout. Figures and names only, no record text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def pairs(result: Result) -> None:
+    """Names and values, nested ones indented."""
+    _pairs(result, indent="")
+
+
+def _pairs(values: Mapping[str, Any], indent: str) -> None:
+    width = max((len(str(name)) for name in values), default=0)
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}:")
+            _pairs(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{name:{width}}  {', '.join(map(str, value))}")
+        else:
+            print(f"{indent}{name:{width}}  {value}".rstrip())
+
+
+def run(result: Result) -> None:
+    """A run or an evaluation: where it is, what it cost in privacy, what was measured."""
+    from dpmed.runs import read_json
+
+    folder = Path(result["output_dir"])
+    print(f"run folder: {folder}")
+    if (folder / "privacy.json").is_file():
+        spent = read_json(folder / "privacy.json")
+        print(f"privacy: epsilon {_number(spent.get('epsilon'))} at delta {_number(spent.get('delta'))} per unit")
+    file = folder / "evaluation.json"
+    evaluation = read_json(file) if file.is_file() else {}
+    rows = [
+        (f"{part}.{name}", _number(figure["value"]), f"{_number(figure.get('low'))} to {_number(figure.get('high'))}")
+        for part in ("utility", "memorization")
+        for name, figure in (evaluation.get(part) or {}).items()
+        if isinstance(figure, Mapping) and "value" in figure
+    ]
+    _table(("measured", "value", "95 % interval"), rows)
+    for name, reason in (evaluation.get("not_applicable") or {}).items():
+        print(f"{name}: {reason}")
+
+
+def frontier(result: Result) -> None:
+    """The points of a frontier, the runs that failed, and the report."""
+    rows = []
+    for point in result.get("points") or []:
+        useful, leaks = point.get("utility") or {}, point.get("memorization") or {}
+        rows.append(
+            (
+                str(point.get("name")),
+                "none" if point.get("epsilon") is None else _number(point["epsilon"]),
+                _value(useful, "f1_micro"),
+                _value(useful, "perplexity"),
+                _value(leaks, "extraction_rate"),
+                _value(leaks, "membership_auc"),
+                "yes" if point.get("on_frontier") else "",
+            )
+        )
+    _table(("run", "epsilon", "F1 micro", "perplexity", "extraction", "membership AUC", "on frontier"), rows)
+    for failed in (result.get("meta") or {}).get("failed") or []:
+        print(f"failed: {failed.get('name')}: {failed.get('reason')}")
+    page = Path(result["output_dir"]) / "report.html"
+    if page.is_file():
+        print(f"report: {page}")
+
+
+def plan(result: Result) -> None:
+    """The noise for a target epsilon, and epsilon at other deltas."""
+    print(f"noise multiplier: {_number(result['noise_multiplier'])}")
+    print(f"sampling rate: {_number(result['sampling_rate'])}, steps: {result['n_steps']}")
+    print(f"epsilon: {_number(result['epsilon'])} at delta {_number(result['delta'])}")
+    rows = [(_number(point["delta"]), _number(point["epsilon"])) for point in result["epsilon_curve"]]
+    _table(("delta", "epsilon (PLD)"), rows)
+
+
+def identifiers(result: Result) -> None:
+    """Counts of identifier spans by source and type."""
+    print(f"{result['n_records']} records of {result['n_units']} units, k = {result['k']}")
+    if result["unit"] is None:
+        print("no patient column is named (--data.unit), so each record counts as its own patient")
+    counts = result["identifiers"]
+    rows = [(source, kind, str(count)) for source, kinds in counts.items() for kind, count in kinds.items()]
+    _table(("source", "type", "spans"), rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE)
+    for name in header:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: a name with brackets is not markup
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=200)  # a file has no edge to cut at
+    console.print(table)
+
+
+def _value(figures: Mapping[str, Any], name: str) -> str:
+    figure = figures.get(name)
+    return _number(figure["value"]) if isinstance(figure, Mapping) else ""
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, (int, float)) else str(value)

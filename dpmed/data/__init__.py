@@ -1,0 +1,1 @@
+"""Records in, batches out: loading, splitting, tasks, identifiers, canaries and the synthetic hospital."""

@@ -1,0 +1,156 @@
+"""Examples to padded tensors, and the loss of each single record.
+
+No loss here couples two records: each is the mean over that record's own targets. DP training needs that (one record's
+gradient must not depend on who else is in the batch), and every trainer uses the same one so that methods compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpmed.data.tasks import Example, Targets, TaskSpec, covers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+
+
+class Collator:
+    """Pads examples to one batch and marks what each token counts in the loss.
+
+    Shapes: b = examples, t = longest example in tokens, l = labels.
+
+    Args:
+        tokenizer: gives padding, mask and vocabulary.
+        spec: the task.
+        never_target: identifiers whose tokens are never the target of a loss (SANI's repair); they stay visible as
+            context. None trains on everything.
+        masks: numbers in [0, 1) that choose masked words; the default is torch's global generator, which the run's seed
+            sets and a checkpoint restores.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: TaskSpec,
+        *,
+        never_target: Targets | None = None,
+        masks: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.never_target = never_target
+        self.pad_id = pad_token_id(tokenizer)
+        self.mask_id = tokenizer.mask_token_id
+        self.vocabulary = len(tokenizer)
+        self._masks = masks or (lambda n: torch.rand(n).numpy())
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Collate examples.
+
+        Returns: input_ids, attention_mask [b, t], unit [b]; `targets` (token ids) and `weights` [b, t] for language
+        models, where a weight of 0 means "not a target"; `targets` [b] or [b, l] for classification.
+        """
+        longest = max(len(e.input_ids) for e in examples)
+        input_ids = np.full((len(examples), longest), self.pad_id, dtype=np.int64)
+        attention = np.zeros((len(examples), longest), dtype=np.int64)
+        for row, example in enumerate(examples):
+            input_ids[row, : len(example.input_ids)] = example.input_ids
+            attention[row, : len(example.input_ids)] = 1
+        batch = {"unit": torch.tensor([e.unit for e in examples])}
+        if self.spec.kind == "classification":
+            batch["targets"] = self._label_targets(examples)
+        else:
+            batch["targets"] = torch.from_numpy(input_ids.copy())
+            weights = np.stack([self._weights(e, longest) for e in examples])
+            if self.spec.kind == "masked_lm":
+                for row, example in enumerate(examples):
+                    self._mask(example, input_ids[row], weights[row])
+            batch["weights"] = torch.from_numpy(weights)
+        batch["input_ids"] = torch.from_numpy(input_ids)
+        batch["attention_mask"] = torch.from_numpy(attention)
+        return batch
+
+    def _weights(self, example: Example, longest: int) -> np.ndarray:
+        """Loss weight of each token of one example as a target, float32 [t]."""
+        weights = np.zeros(longest, dtype=np.float32)
+        if self.spec.loss_on == "all":
+            weights[example.text_start : example.text_end] = 1.0
+        if self.spec.kind == "causal_lm":
+            weights[0] = 0.0  # nothing stands before it to predict it from
+            tail = self.spec.completion_weight if example.label is not None else 1.0
+            weights[example.prompt_end : len(example.input_ids)] = tail
+        if self.never_target is not None:
+            for span in example.spans:
+                if covers(self.never_target, span.source):
+                    weights[span.start : span.end] = 0.0
+        return weights
+
+    def _mask(self, example: Example, input_ids: np.ndarray, weights: np.ndarray) -> None:
+        """Draw whole words as targets, in place: 80 % become the mask token, 10 % a random one, 10 % stay."""
+        start = example.text_start
+        words = np.asarray(example.words)
+        allowed = [w for w in np.unique(words[words >= 0]) if np.all(weights[start + np.flatnonzero(words == w)] > 0)]
+        weights[:] = 0.0
+        if not allowed:
+            return
+        drawn = self._masks(len(allowed))
+        chosen = [w for w, u in zip(allowed, drawn, strict=True) if u < self.spec.mask_probability]
+        chosen = chosen or [allowed[int(np.argmin(drawn))]]
+        how = self._masks(len(chosen))
+        for word, u in zip(chosen, how, strict=True):
+            positions = start + np.flatnonzero(words == word)
+            weights[positions] = 1.0
+            if u < 0.8:
+                input_ids[positions] = self.mask_id
+            elif u < 0.9:
+                input_ids[positions] = (self._masks(len(positions)) * self.vocabulary).astype(np.int64)
+
+    def _label_targets(self, examples: Sequence[Example]) -> Tensor:
+        if not self.spec.multi_label:
+            return torch.tensor([e.label for e in examples])
+        targets = torch.zeros(len(examples), len(self.spec.labels))
+        for row, example in enumerate(examples):
+            if isinstance(example.label, tuple):
+                targets[row, list(example.label)] = 1.0
+        return targets
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or the end token where the model has none; padding is masked, so its value never counts."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return int(tokenizer.eos_token_id or 0)
+
+
+def per_record_loss(logits: Tensor, batch: Batch, spec: TaskSpec) -> Tensor:
+    """Loss of each example, a mean over its own targets only.
+
+    Shapes: b = examples, t = tokens, v = vocabulary, l = labels.
+
+    Args:
+        logits: [b, t, v] for language models, [b, l] for classification.
+        batch: what `Collator` made.
+        spec: the task.
+
+    Returns: [b], float32, in nats. An example without any target has loss 0.
+    Guarantee: row i depends on row i of logits and batch alone.
+    """
+    targets = batch["targets"]
+    if spec.kind == "classification":
+        if spec.multi_label:
+            return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(dim=1)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+    weights = batch["weights"]
+    if spec.kind == "causal_lm":
+        logits, targets, weights = logits[:, :-1], targets[:, 1:], weights[:, 1:]
+    counted = weights > 0  # [b, t]; the softmax over the vocabulary is paid for targets alone
+    losses = torch.zeros_like(weights)
+    losses[counted] = F.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
+    return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)

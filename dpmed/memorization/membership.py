@@ -1,0 +1,191 @@
+"""Membership inference: scores that should be higher for records the model was trained on, and how well they separate.
+
+All scores are functions of per-token statistics. Intervals draw patients, members and non-members each on their own.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+from dpmed.memorization.intervals import (
+    Measure,
+    dense_units,
+    percentile_interval,
+    unit_multiplicities,
+    wilson,
+)
+from dpmed.memorization.statistics import TokenScores
+
+ROC_POINTS = 60
+"""At most so many points of a curve go into the JSON."""
+_WEIGHTS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A score of members and of non-members, higher meaning "more likely a member", and their units. No NaN."""
+
+    members: np.ndarray
+    """[m]"""
+    others: np.ndarray
+    """[n]"""
+    member_units: np.ndarray
+    """[m]"""
+    other_units: np.ndarray
+    """[n]"""
+
+
+def loss_score(scores: TokenScores) -> np.ndarray:
+    """Mean log-probability of each record's text tokens [r]; NaN for a record without a scored token.
+
+    Reference: Yeom et al. 2018 (LOSS).
+    """
+    with np.errstate(invalid="ignore"):
+        return scores.per_record(scores.log_prob) / scores.per_record(np.ones(len(scores.record)))
+
+
+def reference_score(scores: TokenScores, base: TokenScores) -> np.ndarray:
+    """How much more likely the record became by fine-tuning: l_R - l_M per token [r].
+
+    Raises: ValueError if the two do not score the same tokens.
+    Reference: Carlini et al. 2021; a difference of mean log-likelihoods, the logarithm of a likelihood ratio per token.
+    """
+    if not np.array_equal(scores.offsets, base.offsets):
+        raise ValueError("the scores are of different records")
+    return loss_score(scores) - loss_score(base)
+
+
+def min_k_score(scores: TokenScores, share: float) -> np.ndarray:
+    """Mean of the lowest log-probabilities of each record, `share` of its tokens, at least one [r].
+
+    Raises: ValueError if share is not in (0, 1].
+    Reference: Shi et al. 2024 (Min-K%).
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; choose a number in (0, 1]")
+    keep = scores.scored
+    record, log_prob = scores.record[keep], scores.log_prob[keep].astype(np.float64)
+    order = np.lexsort((log_prob, record))
+    record, log_prob = record[order], log_prob[order]
+    sizes = np.bincount(record, minlength=scores.n_records)
+    rank = np.arange(len(record)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    taken = rank < np.maximum(1, np.floor(share * sizes + 1e-9))[record]
+    with np.errstate(invalid="ignore"):
+        return np.bincount(record, log_prob * taken, scores.n_records) / np.bincount(record, taken, scores.n_records)
+
+
+def zlib_lengths(texts: Sequence[str]) -> np.ndarray:
+    """Bytes of each text after compression [r]."""
+    return np.array([len(zlib.compress(text.encode())) for text in texts], dtype=np.int64)
+
+
+def zlib_score(scores: TokenScores, compressed_bytes: np.ndarray) -> np.ndarray:
+    """Log-likelihood of each record per compressed byte [r]: a text that is simply repetitive is not held for a member.
+
+    Reference: Carlini et al. 2021 (zlib entropy), sign turned so that higher means member.
+    """
+    score = scores.per_record(scores.log_prob) / compressed_bytes
+    return np.where(scores.per_record(np.ones(len(scores.record))) > 0, score, np.nan)
+
+
+def auc(members: np.ndarray, others: np.ndarray) -> float:
+    """Probability that a member scores above a non-member, ties counting half."""
+    ranks = rankdata(np.concatenate([members, others]))
+    m, n = len(members), len(others)
+    return float((ranks[:m].sum() - m * (m + 1) / 2) / (m * n))
+
+
+def roc(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False- and true-positive rate at every threshold "score >= s", from (0, 0) to (1, 1); ties move together."""
+    thresholds = np.unique(np.concatenate([members, others]))[::-1]
+    fpr = 1 - np.searchsorted(np.sort(others), thresholds, side="left") / len(others)
+    tpr = 1 - np.searchsorted(np.sort(members), thresholds, side="left") / len(members)
+    return np.concatenate([[0.0], fpr]), np.concatenate([[0.0], tpr])
+
+
+def tpr_at_fpr(members: np.ndarray, others: np.ndarray, fpr: float) -> float:
+    """The largest true-positive rate of a threshold whose false-positive rate is at most `fpr`."""
+    allowed = math.floor(fpr * len(others) + 1e-9)
+    if allowed >= len(others):
+        return 1.0
+    threshold = np.sort(others)[::-1][allowed]  # this non-member, and what ties with it, must stay out
+    return float(np.mean(members > threshold))
+
+
+def bootstrap_attack(
+    sides: Sides, fprs: Sequence[float], n_resamples: int, seed: int
+) -> tuple[tuple[float, float], list[tuple[float, float]]]:
+    """Percentile intervals of the AUC and of the TPR at each FPR, drawing whole units of both sides; vectorised.
+
+    Shapes: b = resamples in a block, m = members, n = non-members.
+    """
+    unit_m, n_unit_m = dense_units(sides.member_units)
+    unit_n, n_unit_n = dense_units(sides.other_units)
+    order_m, order_n = np.argsort(-sides.members, kind="stable"), np.argsort(-sides.others, kind="stable")
+    members, others, unit_m, unit_n = sides.members[order_m], sides.others[order_n], unit_m[order_m], unit_n[order_n]
+    beaten_by = np.searchsorted(-members, -others, side="left")  # members above each non-member [n]
+    not_below = np.searchsorted(-members, -others, side="right")  # members above or equal
+    areas: list[np.ndarray] = []
+    rates: list[list[np.ndarray]] = [[] for _ in fprs]
+    # Blocks are cut by the larger side, so that a block of weights stays small; equal cuts keep the two in step.
+    rows = max(1, min(n_resamples, _WEIGHTS_AT_ONCE // max(len(members), len(others), 1)))
+    for block, start in enumerate(range(0, n_resamples, rows)):
+        b = min(rows, n_resamples - start)
+        drawn_m = np.concatenate(list(unit_multiplicities(n_unit_m, b, seed + 2 * block)))
+        drawn_n = np.concatenate(list(unit_multiplicities(n_unit_n, b, seed + 2 * block + 1)))
+        weight_n = drawn_n[:, unit_n]  # [b, n]
+        above = np.concatenate([np.zeros((b, 1)), np.cumsum(drawn_m[:, unit_m], axis=1)], axis=1)  # [b, m + 1]
+        total_m, passed = above[:, -1], np.cumsum(weight_n, axis=1)
+        total_n = passed[:, -1]
+        areas.append(((above[:, beaten_by] + above[:, not_below]) * weight_n).sum(axis=1) / (2 * total_m * total_n))
+        for found, fpr in zip(rates, fprs, strict=True):
+            over = passed > np.floor(fpr * total_n + 1e-9)[:, None]
+            first = over.argmax(axis=1)  # the best non-member that must stay out
+            rate = above[np.arange(b), beaten_by[first]] / total_m
+            found.append(np.where(over.any(axis=1), rate, 1.0))
+    if not areas:
+        return (math.nan, math.nan), [(math.nan, math.nan)] * len(fprs)
+    return percentile_interval(np.concatenate(areas)), [percentile_interval(np.concatenate(r)) for r in rates]
+
+
+def attack_figures(sides: Sides, fprs: Sequence[float], *, bootstrap: int = 1000, seed: int = 0) -> dict[str, object]:
+    """AUC, TPR at each FPR and a thinned ROC of one attack.
+
+    Returns: {"auc": Measure, "tpr_at_fpr_0.01": Measure, ..., "roc": {"fpr": [...], "tpr": [...]}}. n counts records of
+    both sides. A `resolution` beside a TPR says that one non-member is more than the FPR asked for, so that the value
+    is the TPR above all non-members. Where all resamples agree, the interval is Wilson's with as many cases as the
+    smaller side (AUC) or the members (TPR) have units.
+    """
+    area, rates = bootstrap_attack(sides, fprs, bootstrap, seed)
+    n = len(sides.members) + len(sides.others)
+    n_units, n_other_units = len(np.unique(sides.member_units)), len(np.unique(sides.other_units))
+    figures: dict[str, object] = {
+        "auc": _measure(auc(sides.members, sides.others), area, n, min(n_units, n_other_units), {})
+    }
+    for fpr, interval in zip(fprs, rates, strict=True):
+        resolution = 1 / len(sides.others)
+        extra = {"resolution": resolution} if resolution > fpr else {}
+        value = tpr_at_fpr(sides.members, sides.others, fpr)
+        figures[f"tpr_at_fpr_{fpr:g}"] = _measure(value, interval, n, n_units, extra)
+    fpr, tpr = _thinned(*roc(sides.members, sides.others))
+    return figures | {"roc": {"fpr": fpr, "tpr": tpr}}
+
+
+def _measure(value: float, interval: tuple[float, float], n: int, n_cases: int, extra: dict[str, float]) -> Measure:
+    low, high = interval if interval[0] < interval[1] else wilson(value * n_cases, n_cases)
+    return Measure(value, low, high, n, "worse", extra)
+
+
+def _thinned(fpr: np.ndarray, tpr: np.ndarray) -> tuple[list[float], list[float]]:
+    """At most `ROC_POINTS` vertices of the curve, dense where the FPR is small: that end tells who is exposed."""
+    lowest = fpr[fpr > 0].min()
+    half = ROC_POINTS // 2
+    wanted = np.concatenate([np.linspace(0, 1, half), np.geomspace(lowest, 1, half)])
+    vertices = np.unique(np.searchsorted(fpr, wanted + 1e-12, side="right") - 1)
+    return np.round(fpr[vertices], 6).tolist(), np.round(tpr[vertices], 6).tolist()

@@ -1,0 +1,296 @@
+"""The one forward pass: what a model says about every text token of every record, streamed.
+
+Records go through the model once, long ones first, in batches of about equal size; of each batch only two numbers per
+token are kept, the log-probability of the true token and whether it was the model's first choice. All attacks are
+functions of these. Nothing here holds text or token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpmed.data.batches import pad_token_id, per_record_loss
+from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
+from dpmed.errors import InputError
+from dpmed.memorization.statistics import TokenScores, text_starts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+"""Called with (windows done, windows in all)."""
+
+MASK_ROUNDS = 7
+"""masked_lm: passes over each window; every round masks about one word in seven, close to the usual 15 %."""
+_LOGITS_AT_ONCE = 2**25
+"""Vocabulary entries of one block: 128 MiB in float32, twice that with its softmax."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One run of one window through the model."""
+
+    example: int
+    scored: np.ndarray
+    """Positions in the window whose tokens this pass scores."""
+
+
+def score_records(
+    model: nn.Module,
+    encoded: EncodedRecords,
+    spec: TaskSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+    device: torch.device | str | None = None,
+) -> TokenScores:
+    """Score every text token of every record with a language model.
+
+    causal_lm: the token at t is predicted from the tokens before it in its window. masked_lm: whole words (an
+    identifier counts as one word) are masked in turn, each exactly once, in `MASK_ROUNDS` passes that leave the other
+    words visible; the log-probabilities then add up to a pseudo-log-likelihood (Salazar et al. 2020).
+
+    Args:
+        model: causal or masked language model, or a PEFT model around one. Put in evaluation mode meanwhile.
+        encoded: what `encode` made with the same tokenizer and spec.
+        batch_tokens: padded tokens per forward pass; memory only.
+        progress: called after each batch.
+        device: where the model is, if its parameters do not tell.
+
+    Raises: InputError if the model's output is not finite, or masked_lm meets a tokenizer without a mask token.
+    """
+    if spec.kind == "classification":
+        raise ValueError("a classifier gives no token probabilities; use score_classification")
+    if spec.kind == "masked_lm" and tokenizer.mask_token_id is None:
+        raise InputError("the tokenizer has no mask token; choose task: causal_lm, or a masked language model")
+    starts, total = text_starts(encoded)
+    log_prob = np.full(total, np.nan, dtype=np.float32)
+    is_argmax = np.zeros(total, dtype=bool)
+    passes = _causal_passes(encoded) if spec.kind == "causal_lm" else _masked_passes(encoded)
+    shift = 1 if spec.kind == "causal_lm" else 0  # logits at t - shift predict the token at t
+    mask_id = tokenizer.mask_token_id if spec.kind == "masked_lm" else None
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    with evaluating(model):
+        states_of = _StatesOf(model, where, causal=spec.kind == "causal_lm")
+        lengths = [len(encoded[p.example].input_ids) for p in passes]
+        done = 0
+        for chosen in length_batches(lengths, states_of.affordable(batch_tokens)):
+            batch = [passes[i] for i in chosen]
+            examples = [encoded[p.example] for p in batch]
+            input_ids, attention = pad(examples, pad_token_id(tokenizer))
+            rows = np.repeat(np.arange(len(batch)), [len(p.scored) for p in batch])
+            columns = np.concatenate([p.scored for p in batch])
+            targets = input_ids[rows, columns]
+            if mask_id is not None:
+                input_ids[rows, columns] = mask_id
+            states = states_of(input_ids, attention)[rows, columns - shift]  # [scored, d]
+            at = np.concatenate([starts[p.example] + p.scored - encoded[p.example].text_start for p in batch])
+            log_prob[at], is_argmax[at] = _true_token_statistics(states, targets, states_of)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(passes))
+    if np.isnan(log_prob).sum() > total - sum(len(p.scored) for p in passes):
+        raise InputError("the model's output is not finite: its weights hold NaN or infinity; train it again")
+    return TokenScores.for_records(encoded, log_prob, is_argmax)
+
+
+def score_classification(
+    model: nn.Module,
+    encoded: EncodedRecords,
+    spec: TaskSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and loss of a classifier for every record.
+
+    Args: as in `score_records`.
+
+    Returns: logits [r, l] float32, the mean over a record's windows, and the loss of those logits [r] float32, in nats;
+    NaN for a record without a label.
+    Raises: InputError if the model's output is not finite.
+    """
+    logits = torch.zeros(encoded.n_records, len(spec.labels))
+    windows = torch.zeros(encoded.n_records)
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    done = 0
+    with evaluating(model):
+        for chosen in length_batches(encoded.lengths, batch_tokens):
+            examples = [encoded[i] for i in chosen]
+            input_ids, attention = pad(examples, pad_token_id(tokenizer))
+            output = model(
+                input_ids=torch.from_numpy(input_ids).to(where), attention_mask=torch.from_numpy(attention).to(where)
+            )
+            records = torch.tensor([e.record for e in examples])
+            logits.index_add_(0, records, output.logits.float().cpu())
+            windows.index_add_(0, records, torch.ones(len(examples)))
+            done += len(chosen)
+            if progress is not None:
+                progress(done, len(encoded))
+    logits /= windows.clamp_min(1)[:, None]
+    if not torch.isfinite(logits).all():
+        raise InputError("the model's output is not finite: its weights hold NaN or infinity; train it again")
+    return logits.numpy(), _classification_loss(logits, encoded, spec)
+
+
+def _classification_loss(logits: Tensor, encoded: EncodedRecords, spec: TaskSpec) -> np.ndarray:
+    """Loss of each record's mean logits [r]; NaN without a label."""
+    labels = {e.record: e.label for e in encoded}
+    losses = np.full(len(logits), np.nan, dtype=np.float32)
+    known = [r for r in range(len(logits)) if labels.get(r) is not None]
+    if not known:
+        return losses
+    if spec.multi_label:
+        targets = torch.zeros(len(known), logits.shape[1])
+        for row, record in enumerate(known):
+            label = labels[record]
+            targets[row, list(label) if isinstance(label, tuple) else [label]] = 1.0
+    else:
+        targets = torch.tensor([labels[r] for r in known])
+    losses[known] = per_record_loss(logits[known], {"targets": targets}, spec).numpy()
+    return losses
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own mode back afterwards."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of the longest first, cut into batches of at most `batch_tokens` padded tokens (at least one index)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad(examples: Sequence[Example], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """input_ids and attention_mask [b, t], int64, padded on the right."""
+    longest = max(len(e.input_ids) for e in examples)
+    input_ids = np.full((len(examples), longest), pad_id, dtype=np.int64)
+    attention = np.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.input_ids)] = example.input_ids
+        attention[row, : len(example.input_ids)] = 1
+    return input_ids, attention
+
+
+def _causal_passes(encoded: EncodedRecords) -> list[_Pass]:
+    """One pass a window; a token with nothing before it is not scored."""
+    passes = [_Pass(i, np.arange(max(1, e.text_start), e.text_end)) for i, e in enumerate(encoded)]
+    return [p for p in passes if len(p.scored)]
+
+
+def _masked_passes(encoded: EncodedRecords) -> list[_Pass]:
+    """Up to `MASK_ROUNDS` passes a window, which together mask every text token once."""
+    passes: list[_Pass] = []
+    for i, example in enumerate(encoded):
+        rounds = mask_groups(example) % MASK_ROUNDS
+        passes += [_Pass(i, example.text_start + np.flatnonzero(rounds == r)) for r in np.unique(rounds)]
+    return passes
+
+
+def mask_groups(example: Example) -> np.ndarray:
+    """Number of the group in which each text token is masked, [t]: a word, or all words that one identifier touches.
+
+    Groups are numbered 0, 1, ... in reading order, so that neighbours are masked in different rounds.
+    """
+    words = np.asarray(example.words, dtype=np.int64)
+    if len(words) == 0:
+        return words
+    new = np.concatenate([[True], (words[1:] != words[:-1]) | (words[1:] < 0)])
+    group = np.cumsum(new) - 1
+    for span in sorted(example.spans, key=lambda s: s.start):
+        touched = np.unique(group[span.start - example.text_start : span.end - example.text_start])
+        group[np.isin(group, touched)] = touched[0]
+    return np.unique(group, return_inverse=True)[1]
+
+
+class _StatesOf:
+    """Runs a language model up to its output layer, so that the vocabulary is paid for only where a token is scored.
+
+    Where the model changes its logits after the output layer (scaling, capping), or has no such layer, the states are
+    the finished logits and `head` is None: correct, at a higher price.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, *, causal: bool) -> None:
+        self.model = model
+        self.device = device
+        self.options = {"use_cache": False} if causal else {}
+        self.vocabulary = 1
+        self.head = self._output_layer()
+
+    def __call__(self, input_ids: np.ndarray, attention: np.ndarray) -> Tensor:
+        """Input of the output layer [b, t, d], or logits [b, t, v] without one."""
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            kept.append(args[0])
+            return (args[0][:, :1], *args[1:])  # the model's own use of the layer shrinks to one position
+
+        hook = self.head.register_forward_pre_hook(keep) if self.head is not None else None
+        try:
+            logits = self._logits(torch.from_numpy(input_ids), torch.from_numpy(attention))
+        finally:
+            if hook is not None:
+                hook.remove()
+        return kept[0] if kept else logits
+
+    def affordable(self, batch_tokens: int) -> int:
+        """Fewer tokens per pass where whole logits must be kept."""
+        return batch_tokens if self.head is not None else min(batch_tokens, max(1, _LOGITS_AT_ONCE // self.vocabulary))
+
+    def _logits(self, input_ids: Tensor, attention: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=input_ids.to(self.device), attention_mask=attention.to(self.device), **self.options
+        )
+        return output.logits
+
+    def _output_layer(self) -> nn.Module | None:
+        """The layer whose output is exactly the model's logits, tried on two tokens."""
+        get = getattr(self.model, "get_output_embeddings", None)
+        head = get() if get is not None else None
+        seen: list[Tensor] = []
+        hook = head.register_forward_hook(lambda _m, _i, out: seen.append(out)) if head is not None else None
+        logits = self._logits(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+        self.vocabulary = logits.shape[-1]
+        if hook is not None:
+            hook.remove()
+        same = len(seen) == 1 and seen[0].shape == logits.shape and torch.equal(seen[0].float(), logits.float())
+        return head if same else None
+
+
+def _true_token_statistics(states: Tensor, targets: np.ndarray, states_of: _StatesOf) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability of each true token and whether it is the first choice, [m]; a block of logits at a time."""
+    log_prob, is_argmax = np.empty(len(targets), np.float32), np.empty(len(targets), bool)
+    at_once = max(1, _LOGITS_AT_ONCE // states_of.vocabulary)
+    for start in range(0, len(targets), at_once):
+        block = states[start : start + at_once]
+        logits = (block if states_of.head is None else states_of.head(block)).float()  # [block, v]
+        target = torch.from_numpy(targets[start : start + at_once]).to(logits.device)
+        true = logits.gather(1, target[:, None])[:, 0]
+        log_prob[start : start + at_once] = (true - logits.logsumexp(dim=1)).cpu().numpy()
+        is_argmax[start : start + at_once] = (logits.argmax(dim=1) == target).cpu().numpy()
+    return log_prob, is_argmax

@@ -1,0 +1,464 @@
+"""One recipe, one run: load records, calibrate, train, save, evaluate. The command line and the frontier both call
+this."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from dpmed.data.records import check_disjoint, data_fingerprint, drop_overlap, load_records
+from dpmed.data.tasks import TaskSpec, label_names
+from dpmed.environment import device, versions
+from dpmed.errors import InputError
+from dpmed.memorization.evaluator import MemorizationEvaluator
+from dpmed.models import load_model, load_tokenizer, read_task_card, with_thresholds, write_task_card
+from dpmed.progress import Progress, progress
+from dpmed.recipe_io import check_recipe, dump_recipe
+from dpmed.runs import (
+    RUN_FILE,
+    claim_output_dir,
+    is_finished,
+    last_checkpoint,
+    read_json,
+    replace_folder,
+    write_json,
+    write_text,
+)
+from dpmed.trainers import METHODS, DPLoRATrainer, DPLoRATrainingConfig, SANITrainingConfig
+from dpmed.trainers.base import DpmedTrainer, MetricsFile, TrainingConfig
+from dpmed.trainers.dp_lora import plan_for
+from dpmed.trainers.lora import lora_config
+from dpmed.utility import utility, validation_thresholds
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from dpmed.privacy.plan import PrivacyPlan
+    from dpmed.recipe import DataSection, Recipe
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The records of one run. `n_overlap` held-out records were dropped because they are also in train."""
+
+    train: Dataset
+    heldout: Dataset | None
+    validation: Dataset | None
+    n_overlap: int
+
+
+def load_splits(data: DataSection, *, require_unit: bool) -> Splits:
+    """Load train, held-out and validation records and make sure that no patient or text is on two sides.
+
+    Raises: InputError as `load_records` and `check_disjoint` do.
+    """
+
+    def read(source: str, split: str) -> Dataset:
+        return load_records(
+            source,
+            text=data.text,
+            label=data.label,
+            unit=data.unit,
+            record_id=data.record_id,
+            identifiers=data.identifiers,
+            multi_label=data.multi_label,
+            split=split,
+            require_unit=require_unit,
+        )
+
+    train = read(data.train, "train")
+    heldout = read(data.heldout, "test") if data.heldout else None
+    validation = read(data.validation, "validation") if data.validation else None
+    dropped = 0
+    if heldout is not None:
+        if data.on_overlap == "drop":
+            heldout, dropped = drop_overlap(train, heldout)
+        check_disjoint(train, heldout)
+    if validation is not None and heldout is not None:
+        check_disjoint(validation, heldout, names=("validation", "heldout"))
+    return Splits(train, heldout, validation, dropped)
+
+
+def task_spec(recipe: Recipe, train: Dataset) -> TaskSpec:
+    """The task of a recipe, with the labels of its training records."""
+    data = recipe.data
+    return TaskSpec(
+        kind=recipe.task,
+        labels=label_names(train),
+        multi_label=data.multi_label,
+        max_length=data.max_length,
+        prompt=data.prompt,
+        loss_on=data.loss_on,
+        completion_weight=data.completion_weight,
+        pooling=recipe.model.pooling,
+        mask_probability=data.mask_probability,
+    )
+
+
+def train(
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    resume: bool = False,
+    name: str | None = None,
+    setting: str | None = None,
+    base_scores: Path | None = None,
+    method_name: str | None = None,
+) -> dict[str, Any]:
+    """Run one recipe into a run folder; see `../runs.py` for when it counts as finished.
+
+    Args:
+        recipe: what to run.
+        output_dir: the run folder; must be empty or new unless `resume`.
+        resume: go on from the last checkpoint, or return at once if the run is finished.
+        name: of the run, in reports; the folder's name by default.
+        setting: runs of one setting differ by seed alone.
+        base_scores: folder where the base model's scores of these records are shared between runs.
+        method_name: the method in reports, where it is a special case of the recipe's (repair_only of sani).
+
+    Returns: what stands in run.json.
+    Raises: InputError before anything is written, where the input cannot be used.
+    """
+    check_recipe(recipe)
+    if resume and is_finished(output_dir):
+        return read_json(output_dir / RUN_FILE)
+    splits = load_splits(recipe.data, require_unit=recipe.method == "dp_lora")
+    spec = task_spec(recipe, splits.train)
+    n_units = len(set(splits.train["unit"]))
+    args = training_arguments(recipe, output_dir, n_examples=len(splits.train), n_units=n_units)
+    plan = plan_for(args, n_units=n_units, unit=recipe.data.unit or "") if recipe.method == "dp_lora" else None  # type: ignore[arg-type]
+    claim_output_dir(output_dir, resume=resume)
+    record = _open_run(output_dir, recipe, splits, resume=resume, name=name, setting=setting)
+    record["method"] = method_name or recipe.method
+    tokenizer = load_tokenizer(recipe.model.path, revision=recipe.model.revision)
+    weights = output_dir / ("adapter" if recipe.method in ("lora", "dp_lora") else "model")
+    if not weights.exists():
+        record = _fit(recipe, args, spec, plan, splits, tokenizer, output_dir, weights, record)
+    evaluation = evaluate_weights(weights, recipe, splits, base_scores=base_scores)
+    write_json(output_dir / "evaluation.json", evaluation)
+    record |= {"status": "finished"}
+    write_json(output_dir / RUN_FILE, record)
+    return record
+
+
+def _fit(
+    recipe: Recipe,
+    args: TrainingConfig,
+    spec: TaskSpec,
+    plan: PrivacyPlan | None,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    weights: Path,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    """Train, save weights and certificate, and drop the checkpoints. Returns the run record."""
+    started = time.monotonic()
+    trainer = make_trainer(recipe, args, spec, plan, splits, tokenizer)
+    trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl"))
+    checkpoint = last_checkpoint(output_dir)
+    with progress(f"train {record['name']}", trainer_steps(trainer)) as bar:
+        trainer.add_callback(_ShowSteps(bar))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    record |= {
+        "seconds": record["seconds"] + time.monotonic() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "n_windows": len(trainer.train_dataset),
+        "n_records_cut": trainer.train_dataset.n_records_cut,
+        "n_steps": trainer.state.global_step,
+    }
+    if isinstance(trainer, DPLoRATrainer):
+        write_json(output_dir / "privacy.json", trainer.privacy_spent())
+    if hasattr(trainer, "erased"):
+        record["erased_neurons"] = {str(k): v for k, v in trainer.erased.items()}  # pyright: ignore[reportAttributeAccessIssue]
+    partial = output_dir / f".{weights.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_weights(partial)
+    thresholds, record["thresholds_from"] = _thresholds(trainer, recipe, splits, tokenizer, spec)
+    write_task_card(partial, with_thresholds(spec, thresholds))
+    write_json(output_dir / RUN_FILE, record)
+    replace_folder(partial, weights)
+    for folder in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    return record
+
+
+def _thresholds(
+    trainer: DpmedTrainer, recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, spec: TaskSpec
+) -> tuple[tuple[float, ...] | None, str | None]:
+    """Decision thresholds, and which records fixed them.
+
+    Without validation records a DP run keeps 0.5: thresholds of training records would leave without any noise.
+    """
+    if splits.validation is not None:
+        records, source = splits.validation, "validation"
+    elif recipe.method != "dp_lora":
+        records, source = splits.train, "train"
+    else:
+        return None, None
+    found = validation_thresholds(trainer.model, records, tokenizer, spec, batch_tokens=recipe.evaluation.batch_tokens)
+    return found, None if found is None else source
+
+
+def make_trainer(
+    recipe: Recipe,
+    args: TrainingConfig,
+    spec: TaskSpec,
+    plan: PrivacyPlan | None,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+) -> DpmedTrainer:
+    """The trainer of a recipe, with its model loaded."""
+    torch.manual_seed(recipe.training.seed)  # heads and adapters that are made fresh follow the run's seed
+    model = load_model(recipe.model.path, spec, revision=recipe.model.revision, merge=recipe.method in ("full", "sani"))
+    trainer, _ = METHODS[recipe.method]
+    options: dict[str, Any] = {"spec": spec}
+    if recipe.method in ("lora", "dp_lora"):
+        lora = recipe.lora
+        options["peft_config"] = lora_config(
+            model,
+            spec.kind,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            target_modules=lora.target_modules,
+            dropout=lora.dropout,
+        )
+    if plan is not None:
+        options["plan"] = plan
+    return trainer(model, args, splits.train, None, tokenizer, **options)
+
+
+def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_units: int) -> TrainingConfig:
+    """The method's config of a recipe.
+
+    Raises: InputError if `training.extra` names something that transformers.TrainingArguments does not have.
+    """
+    training, privacy, sani = recipe.training, recipe.privacy, recipe.sani
+    _, config = METHODS[recipe.method]
+    per_epoch = (
+        n_units / privacy.expected_batch_units if recipe.method == "dp_lora" else n_examples / training.batch_size
+    )
+    values: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "task": recipe.task,
+        "unit_column": "unit" if recipe.data.unit else None,
+        "label_column": "label" if recipe.data.label else None,
+        "num_train_epochs": training.epochs,
+        "learning_rate": training.learning_rate,
+        "per_device_train_batch_size": training.batch_size,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "seed": training.seed,
+        "bf16": training.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "steps",
+        "save_steps": max(1, round(training.save_every * per_epoch)),
+        "save_total_limit": 1,
+    }
+    if config is DPLoRATrainingConfig:
+        names = (
+            "target_epsilon",
+            "delta",
+            "clip_norm",
+            "expected_batch_units",
+            "max_records_per_unit",
+            "micro_batch_tokens",
+        )
+        values |= {key: getattr(privacy, key) for key in names}
+    if config is SANITrainingConfig:
+        names = ("erase_fraction", "erase_layers", "identifiers", "k")
+        values |= {key: getattr(sani, key) for key in names}
+    clash = sorted(set(training.extra) & set(values))
+    if clash:
+        raise InputError(f"training.extra.{clash[0]} is set by the recipe's own keys; set it there")
+    try:
+        return config(**values, **training.extra)
+    except TypeError:
+        unknown = [key for key in training.extra if key not in config.__dataclass_fields__]
+        raise InputError(f"training.extra.{unknown[0] if unknown else '?'} is no field of {config.__name__}") from None
+    except ValueError as error:
+        raise InputError(f"training: {error}".splitlines()[0]) from None
+
+
+def trainer_steps(trainer: DpmedTrainer) -> int:
+    """How many steps the trainer will run."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    per_epoch = -(-len(trainer.train_dataset) // trainer.args.train_batch_size)
+    return int(-(-per_epoch * trainer.args.num_train_epochs // 1))
+
+
+def evaluate_weights(
+    weights: str | Path,
+    recipe: Recipe,
+    splits: Splits,
+    *,
+    base_scores: Path | None = None,
+    spec: TaskSpec | None = None,
+) -> dict[str, Any]:
+    """Utility and memorisation of saved weights, reloaded from disk as a user would.
+
+    Args:
+        weights: model or adapter folder, or a Hub id.
+        recipe: names the base model and what to measure.
+        splits: members and non-members.
+        base_scores: see `train`.
+        spec: the task; None reads the task card beside the weights, or takes the recipe's task.
+
+    Returns: what stands in evaluation.json.
+    """
+    spec = spec or read_task_card(weights) or task_spec(recipe, splits.train)
+    tokenizer = load_tokenizer(weights)
+    model = load_model(weights, spec).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    base_path = recipe.model.base or recipe.model.path
+    base = None
+    if str(base_path) != str(weights) and spec.kind != "classification":  # a base model has no trained head
+        base = load_model(base_path, spec).eval().to(next(model.parameters()).device)
+    started = time.monotonic()
+    result = _measure(model, base, tokenizer, spec, recipe, splits, base_scores)
+    result["model"] = {"path": str(weights), "base": str(base_path), "method": recipe.method, "task": spec.kind}
+    result.setdefault("settings", {})["seconds"] = time.monotonic() - started
+    del model, base
+    gc.collect()
+    return result
+
+
+def _measure(
+    model: nn.Module,
+    base: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: TaskSpec,
+    recipe: Recipe,
+    splits: Splits,
+    base_scores: Path | None,
+) -> dict[str, Any]:
+    if splits.heldout is None:
+        reason = "no held-out records were given (data.heldout)"
+        return {"utility": None, "memorization": None, "not_applicable": {"utility": reason, "memorization": reason}}
+    train_records, heldout, settings = splits.train, splits.heldout, recipe.evaluation
+    with progress("evaluate memorisation", 1) as bar:
+        evaluator = MemorizationEvaluator(
+            model,
+            tokenizer,
+            base_model=base,
+            spec=spec,
+            settings=settings,
+            base_scores=base_scores,
+            progress=bar.update_stage,
+        )
+        result = evaluator.evaluate(train_records, heldout)
+    with progress("evaluate utility", 1) as bar:
+        figures, reasons = utility(
+            model, heldout, tokenizer, spec, settings=settings, train_records=train_records, progress=bar.update
+        )
+    result["utility"] = {**figures, **(result.get("utility") or {})}
+    result.setdefault("not_applicable", {}).update({f"utility.{key}": why for key, why in reasons.items()})
+    return result
+
+
+def evaluate(
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    resume: bool = False,
+    base_scores: Path | None = None,
+    task_given: bool = True,
+    name: str | None = None,
+    setting: str | None = None,
+    method: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model that may not be ours: `recipe.model.path` on the recipe's records. Writes a run folder.
+
+    Args:
+        recipe: model, data and evaluation are read.
+        output_dir: a new folder, or one to resume.
+        resume: return at once if the folder is finished.
+        base_scores: see `train`.
+        task_given: false takes the task from the card beside the weights, where there is one.
+        name: of the run, in reports.
+        setting: see `train`.
+        method: what made the weights, for reports; by default what the run folder around them says.
+
+    Returns: what stands in evaluation.json.
+    """
+    if resume and is_finished(output_dir):
+        return read_json(output_dir / "evaluation.json")
+    splits = load_splits(recipe.data, require_unit=False)
+    claim_output_dir(output_dir, resume=resume)
+    record = _open_run(output_dir, recipe, splits, resume=resume, name=name, setting=setting)
+    record["method"] = method or "unknown"
+    spec = task_spec(recipe, splits.train) if task_given else None
+    evaluation = evaluate_weights(recipe.model.path, recipe, splits, base_scores=base_scores, spec=spec)
+    evaluation["model"]["method"] = record["method"]
+    write_json(output_dir / "evaluation.json", evaluation)
+    write_json(output_dir / RUN_FILE, record | {"status": "finished", "peak_memory_bytes": peak_memory_bytes()})
+    return evaluation
+
+
+def _open_run(
+    output_dir: Path, recipe: Recipe, splits: Splits, *, resume: bool, name: str | None, setting: str | None
+) -> dict[str, Any]:
+    """Write recipe.yaml and run.json with status "running"; a resumed run must have the same records."""
+    fingerprints = {"train": data_fingerprint(splits.train)}
+    if splits.heldout is not None:
+        fingerprints["heldout"] = data_fingerprint(splits.heldout)
+    seconds = 0.0
+    if resume and (output_dir / RUN_FILE).is_file():
+        before = read_json(output_dir / RUN_FILE)
+        if before.get("data", {}).get("fingerprints") != fingerprints:
+            raise InputError(f"{output_dir}: the records changed since this run was started; use a new --output_dir")
+        seconds = float(before.get("seconds") or 0.0)
+    record = {
+        "name": name or output_dir.name,
+        "setting": setting or name or output_dir.name,
+        "method": recipe.method,
+        "task": recipe.task,
+        "seed": recipe.training.seed,
+        "unit": recipe.data.unit,
+        "status": "running",
+        "seconds": seconds,
+        "peak_memory_bytes": None,
+        "versions": versions(),
+        "device": device(),
+        "data": {"fingerprints": fingerprints, "n_overlap_dropped": splits.n_overlap, **split_counts(splits)},
+    }
+    write_text(output_dir / "recipe.yaml", dump_recipe(recipe))
+    write_json(output_dir / RUN_FILE, record)
+    return record
+
+
+def split_counts(splits: Splits) -> dict[str, int]:
+    """How many records and patients each side has."""
+    counts: dict[str, int] = {}
+    for side, records in (("train", splits.train), ("heldout", splits.heldout)):
+        if records is not None:
+            counts |= {f"n_{side}_records": len(records), f"n_{side}_units": len(set(records["unit"]))}
+    return counts
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process held: on the GPU where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+class _ShowSteps(TrainerCallback):
+    """Moves the progress bar one step at a time; it prints no values."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step, state.max_steps)

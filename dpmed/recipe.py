@@ -1,0 +1,186 @@
+"""The recipe: one nested dataclass is the YAML file, the command-line flags, their help and the Python API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Method = Literal["full", "lora", "dp_lora", "sani"]
+
+
+@dataclass
+class ModelSection:
+    """Which model to start from."""
+
+    path: str
+    """Hugging Face model folder, PEFT adapter folder, or Hub id."""
+    base: str | None = None
+    """The model before fine-tuning, for reference scores; null where `path` itself is that model."""
+    revision: str | None = None
+    """Hub revision of `path`."""
+    pooling: Literal["model", "mean"] = "model"
+    """classification: the model's own pooling, or the mean over valid tokens."""
+
+
+@dataclass
+class DataSection:
+    """Which records, and which columns of them."""
+
+    train: str
+    """csv, jsonl, parquet, a saved datasets folder, or a Hub id. Its patients are the members."""
+    heldout: str | None = None
+    """Records of other patients: the test set, and the non-members of the attacks."""
+    validation: str | None = None
+    """Records that fix decision thresholds before the test set is seen."""
+    text: str = "text"
+    """Column with the text."""
+    label: str | None = None
+    """Column with the label, or with several labels when multi_label is true."""
+    multi_label: bool = False
+    """Several labels per record: a list column, or one string separated by '|'."""
+    unit: str | None = None
+    """Column with the patient: the unit of privacy. Required by dp_lora."""
+    record_id: str | None = None
+    """Column that names a record; row numbers without it."""
+    identifiers: str | None = None
+    """Column with known identifier spans: a list of {start, end, type}."""
+    max_length: int = 256
+    """Tokens per window. A longer text is cut into windows that stay with their patient."""
+    prompt: str = "\nLabel:"
+    """causal_lm with labels: what stands between text and label."""
+    loss_on: Literal["all", "completion"] = "all"
+    """causal_lm with labels: train on text and label, or on the label alone."""
+    completion_weight: float = 1.0
+    """causal_lm with labels: weight of a label token's loss, where a text token's is 1."""
+    mask_probability: float = 0.15
+    """masked_lm: share of whole words that become targets."""
+    on_overlap: Literal["refuse", "drop"] = "refuse"
+    """What to do with held-out records whose patient or text is also in train."""
+
+
+@dataclass
+class LoraSection:
+    """LoRA adapters, for lora and dp_lora."""
+
+    rank: int = 8
+    """Rank of the low-rank factors."""
+    alpha: float = 16.0
+    """Scale: the update is alpha / rank * B A."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers that get an adapter: all-linear, or a list of module names."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+
+
+@dataclass
+class PrivacySection:
+    """The guarantee of dp_lora, for one patient added or removed."""
+
+    target_epsilon: float = 8.0
+    """Epsilon at the end of training; the noise is calibrated to it before the first step."""
+    delta: float | None = None
+    """Delta; null means n_units ** -1.1."""
+    clip_norm: float = 1.0
+    """L2 norm to which each patient's gradient is clipped."""
+    expected_batch_units: int = 64
+    """Expected number of patients per step; also the fixed public divisor."""
+    max_records_per_unit: int = 4
+    """At most so many windows of one patient are drawn per step."""
+    micro_batch_tokens: int = 4096
+    """Padded tokens per micro-batch; memory only, costs no privacy."""
+
+
+@dataclass
+class SaniSection:
+    """Sanitising a trained checkpoint: erase, then repair."""
+
+    erase_fraction: float = 0.5
+    """Share of feed-forward neurons reset in each erased layer; 0 is repair only."""
+    erase_layers: int = 1
+    """How many of the last transformer blocks are erased."""
+    identifiers: Literal["direct", "indirect", "all"] = "all"
+    """Which identifiers are never a target of the repair."""
+    k: int = 2
+    """A word in the records of fewer than k patients is an indirect identifier."""
+
+
+@dataclass
+class TrainingSection:
+    """A chosen few of transformers.TrainingArguments."""
+
+    epochs: float = 3.0
+    """Passes over the records (dp_lora: expected passes over the patients)."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    batch_size: int = 16
+    """Windows per step (dp_lora: see privacy.expected_batch_units)."""
+    lr_scheduler_type: str = "linear"
+    """Learning-rate schedule, a name that transformers knows."""
+    warmup_steps: float = 0.0
+    """Warm-up steps; below 1, a share of all steps."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    seed: int = 0
+    """Seed of initialisation, order and masks. Never of DP noise or DP draws."""
+    save_every: float = 1.0
+    """Checkpoint every so many epochs, from which --resume goes on."""
+    bf16: bool = False
+    """bfloat16 autocast; norms, clipping, sums and noise stay float32."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Any other field of transformers.TrainingArguments."""
+
+
+@dataclass
+class EvaluationSection:
+    """What is measured after training."""
+
+    prefix_tokens: list[int] = field(default_factory=lambda: [50])
+    """Prefix lengths p of (p, n) extraction."""
+    suffix_tokens: list[int] = field(default_factory=lambda: [50])
+    """Suffix lengths n of (p, n) extraction."""
+    fpr: list[float] = field(default_factory=lambda: [0.01, 0.001])
+    """False-positive rates at which membership attacks are reported."""
+    min_k: float = 0.2
+    """Share of the least likely tokens in Min-K%."""
+    max_records: int | None = None
+    """Evaluate at most so many records of each side, drawn by patient; null takes all."""
+    batch_tokens: int = 8192
+    """Padded tokens per forward pass."""
+    bootstrap: int = 1000
+    """Resamples of patients behind each interval."""
+    k: int | None = None
+    """When set, words of fewer than k patients are scored as indirect identifiers too."""
+
+
+@dataclass
+class FrontierSection:
+    """The grid of runs."""
+
+    methods: list[Literal["full", "lora", "dp_lora", "sani", "repair_only"]] = field(
+        default_factory=lambda: ["full", "lora", "dp_lora", "sani"]
+    )
+    """Methods; repair_only is sani with erase_fraction 0. Both start from the `full` run of the same seed."""
+    epsilons: list[float] = field(default_factory=lambda: [1.0, 8.0])
+    """Target epsilons of dp_lora."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One run of every setting per seed."""
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per method, recipe keys that differ: {full: {training: {learning_rate: 1.0e-4}}}."""
+
+
+@dataclass
+class Recipe:
+    """One training run, its evaluation, and the grid around it."""
+
+    model: ModelSection
+    data: DataSection
+    method: Method = "lora"
+    """full | lora | dp_lora | sani"""
+    task: Literal["causal_lm", "masked_lm", "classification"] = "causal_lm"
+    """causal_lm | masked_lm | classification"""
+    lora: LoraSection = field(default_factory=LoraSection)
+    privacy: PrivacySection = field(default_factory=PrivacySection)
+    sani: SaniSection = field(default_factory=SaniSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    frontier: FrontierSection = field(default_factory=FrontierSection)

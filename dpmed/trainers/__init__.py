@@ -1,0 +1,25 @@
+"""The methods, one file each: configuration and trainer, to be read from top to bottom."""
+
+from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig
+from dpmed.trainers.full import FullTrainer, FullTrainingConfig
+from dpmed.trainers.lora import LoRATrainer, LoRATrainingConfig
+from dpmed.trainers.sani import SANITrainer, SANITrainingConfig
+
+METHODS = {
+    "full": (FullTrainer, FullTrainingConfig),
+    "lora": (LoRATrainer, LoRATrainingConfig),
+    "dp_lora": (DPLoRATrainer, DPLoRATrainingConfig),
+    "sani": (SANITrainer, SANITrainingConfig),
+}
+
+__all__ = [
+    "METHODS",
+    "DPLoRATrainer",
+    "DPLoRATrainingConfig",
+    "FullTrainer",
+    "FullTrainingConfig",
+    "LoRATrainer",
+    "LoRATrainingConfig",
+    "SANITrainer",
+    "SANITrainingConfig",
+]

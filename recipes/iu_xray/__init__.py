@@ -1,0 +1,1 @@
+"""Indiana University chest X-ray reports with CheXpert labels."""

@@ -1,0 +1,121 @@
+"""Noise and draws are fresh at every start, and a resumed run keeps the plan and the count of the one that stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults.dp_runs import make_plan, make_trainer, weights
+from torch import Tensor
+from transformers import TrainerCallback
+
+from dpmed.errors import InputError, PrivacyError
+from dpmed.privacy.plan import PrivacyPlan
+from dpmed.privacy.sampling import PoissonUnitSampler
+from dpmed.trainers.dp_lora import PLAN_FILE, DPLoRATrainer
+
+
+def trained_weights(folder: Path, plan: PrivacyPlan, **changes: Any) -> Tensor:
+    trainer = make_trainer(folder, plan, **changes)
+    trainer.train()
+    return weights(trainer)
+
+
+def test_the_seed_of_the_run_does_not_fix_the_noise(tmp_path: Path) -> None:
+    first, second = (trained_weights(tmp_path / str(i), make_plan(), seed=7) for i in range(2))
+    assert bool((first != second).all())
+
+
+def test_all_else_is_the_same_so_the_difference_is_the_noise(tmp_path: Path) -> None:
+    plan = make_plan(noise_seed=3)
+    first, second = (trained_weights(tmp_path / str(i), plan, seed=7) for i in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_fixed_noise_seed_marks_the_run_as_not_private(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_plan(noise_seed=3))
+    trainer.train()
+    spent = trainer.privacy_spent()
+    assert (spent["private"], spent["epsilon"]) == (False, None)
+    assert "noise_seed" in spent["why"]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+        return control
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint at step 2 of 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    trainer = make_trainer(folder, make_plan(n_steps=4), save_strategy="steps", save_steps=2, callbacks=[StopAt(2)])
+    trainer.train()
+    assert trainer.privacy_spent()["n_steps"] == 2
+    return folder / "checkpoint-2"
+
+
+def resumed(folder: Path, checkpoint: str | Path | bool, plan: PrivacyPlan | None = None) -> DPLoRATrainer:
+    trainer = make_trainer(folder, plan or make_plan(n_steps=4))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def test_a_resumed_run_goes_on_counting_and_draws_fresh_noise(stopped: Path, tmp_path: Path) -> None:
+    first, second = (resumed(tmp_path / str(i), str(stopped)) for i in range(2))
+    assert first.state.global_step == second.state.global_step == 4
+    assert first.privacy_spent()["n_steps"] == 4
+    assert bool((weights(first) != weights(second)).all())  # torch's own random state was restored, the noise was not
+
+
+def test_a_resumed_run_draws_patients_anew(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the first run's draws is skipped or replayed: the plan's sampler is made anew, read from its start."""
+    read: list[int] = []
+    draw = PoissonUnitSampler.draw
+    monkeypatch.setattr(PoissonUnitSampler, "draw", lambda self: read.append(id(self)) or draw(self))
+    resumed(tmp_path, stopped)
+    assert 2 <= len(read) <= 3
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"noise_multiplier": 0.9},
+    {"clip_norm": 0.6},
+    {"expected_batch_units": 5},
+    {"n_steps": 5},
+    {"max_records_per_unit": 3},
+    {"unit": "hospital"},
+    {"delta": 2e-3},
+    {"noise_seed": 1},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_another_plan_cannot_resume(change: dict[str, Any], stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(PrivacyError, match=next(iter(change))):
+        resumed(tmp_path, str(stopped), replace(make_plan(n_steps=4), **change))
+
+
+@pytest.mark.parametrize("how", [True, "path"])
+def test_the_plan_is_checked_however_the_checkpoint_is_named(how: bool | str, stopped: Path) -> None:
+    with pytest.raises(PrivacyError, match="noise_multiplier"):
+        resumed(stopped.parent, True if how is True else stopped, make_plan(n_steps=4, noise_multiplier=0.5))
+
+
+def test_resuming_where_there_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint"):
+        resumed(tmp_path, True)
+
+
+def test_a_checkpoint_of_a_run_without_a_plan_is_refused(stopped: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text((stopped / "trainer_state.json").read_text())
+    with pytest.raises(PrivacyError, match=PLAN_FILE):
+        resumed(tmp_path, folder)

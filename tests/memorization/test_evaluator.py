@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from dpmed.data.tasks import TaskSpec, encode
+from dpmed.errors import InputError
+from dpmed.memorization.evaluator import EvaluationSettings, MemorizationEvaluator, units_sample
+from dpmed.memorization.scoring import pad
+
+WORDS = ("heart", "lungs", "fever", "cough", "normal", "clear", "acute", "pain", "blood", "mild", "old", "new", "left")
+SPEC = TaskSpec(max_length=60)
+SETTINGS = EvaluationSettings(prefix_tokens=[4, 6], suffix_tokens=[4, 90], fpr=[0.1, 0.001], bootstrap=100)
+SECRET = "Zacharias"
+
+
+def records(n: int, seed: int, n_words: int = 8) -> Dataset:
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(WORDS[i] for i in rng.integers(len(WORDS), size=n_words)) + f" {SECRET}" for _ in range(n)]
+    spans = [
+        [
+            {"start": len(t) - len(SECRET), "end": len(t), "type": "NAME", "source": "planted"},
+            {"start": t.index(" ") + 1, "end": t.index(" ", t.index(" ") + 1), "type": "DATE", "source": "known"},
+        ]
+        for t in texts
+    ]
+    units = [f"{seed}-{i // 2}" for i in range(n)]
+    return Dataset.from_dict({"text": texts, "unit": units, "record_id": units, "identifiers": spans})
+
+
+def trained(model: nn.Module, data: Dataset, tokenizer: Any, steps: int = 60) -> nn.Module:
+    input_ids, attention = map(torch.from_numpy, pad(list(encode(data, tokenizer, SPEC)), 0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        labels = input_ids.masked_fill(attention == 0, -100)
+        model(input_ids=input_ids, attention_mask=attention, labels=labels).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module")
+def sides() -> tuple[Dataset, Dataset]:
+    return records(34, 0), records(32, 1)
+
+
+@pytest.fixture(scope="module")
+def memorised(tiny_model, tiny_tokenizer, sides) -> nn.Module:
+    return trained(tiny_model("llama"), sides[0], tiny_tokenizer)
+
+
+def value(tree: dict[str, Any], *keys: str) -> float:
+    for key in keys:
+        tree = tree[key]
+    assert set(tree) >= {"value", "low", "high", "n", "higher_is"}
+    assert tree["low"] <= tree["value"] <= tree["high"]
+    return tree["value"]
+
+
+def every_null(tree: Any, at: str = "") -> set[str]:
+    """Dotted keys of all nulls of a result."""
+    if not isinstance(tree, dict):
+        return {at} if tree is None else set()
+    return set().union(*(every_null(v, f"{at}.{k}" if at else k) for k, v in tree.items())) if tree else set()
+
+
+def test_a_model_that_learnt_its_records_by_heart_shows_it(memorised, tiny_model, tiny_tokenizer, sides):
+    evaluator = MemorizationEvaluator(
+        memorised, tiny_tokenizer, base_model=tiny_model("llama"), spec=SPEC, settings=SETTINGS
+    )
+    result = evaluator.evaluate(*sides)
+    memorization, reference = result["memorization"], result["reference"]
+    assert value(memorization, "membership_auc") > 0.9
+    assert memorization["membership_attack"] == "reference"
+    assert memorization["membership_auc"] == memorization["membership"]["reference"]["auc"]
+    assert memorization["extraction_rate"] == memorization["extraction"]["p4_n4"]
+    own, heldout = value(memorization, "extraction_rate"), value(reference, "heldout", "extraction_rate")
+    base = value(reference, "base_model", "memorization", "extraction_rate")
+    assert own > heldout + 0.2
+    assert own > base + 0.2
+    assert set(memorization["identifier_extraction"]) == {"NAME", "DATE"}
+    assert memorization["identifier_extraction_rate"]["n"] == 68
+    assert value(memorization, "train_perplexity") < 0.5 * value(result, "utility", "perplexity")
+    assert value(reference, "base_model", "utility", "perplexity") > 50
+    assert 0.3 < value(reference, "base_model", "memorization", "membership_auc") < 0.7
+    assert result["counts"]["train"]["extraction"]["p4_n4"] == {"n_eligible": 34, "n_too_short": 0}
+    assert result["warnings"] == []
+
+
+def test_the_result_is_json_and_every_null_has_its_reason(memorised, tiny_model, tiny_tokenizer, sides):
+    with_base = MemorizationEvaluator(
+        memorised, tiny_tokenizer, base_model=tiny_model("llama"), spec=SPEC, settings=SETTINGS
+    ).evaluate(*sides)
+    alone = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS).evaluate(*sides)
+    for result in (with_base, alone):
+        text = json.dumps(result, allow_nan=False)
+        assert not any(word in text for word in (SECRET, *WORDS[:4]))
+        measured = {k: result[k] for k in ("utility", "memorization", "reference")}
+        assert every_null(measured) == set(result["not_applicable"])
+        assert all(result["not_applicable"].values())
+        assert result["not_applicable"]["memorization.canary_exposure"] == "no canaries were planted"
+        assert "memorization.extraction.p4_n90" in result["not_applicable"]  # no record is so long
+    assert set(alone["not_applicable"]) >= {"reference.base_model", "memorization.membership.reference"}
+    assert alone["memorization"]["membership_auc"] == alone["memorization"]["membership"]["loss"]["auc"]
+    assert "reference.base_model.memorization.membership.reference" in with_base["not_applicable"]
+
+
+def test_the_same_call_gives_the_same_result(memorised, tiny_tokenizer, sides):
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
+    assert evaluator.evaluate(*sides) == evaluator.evaluate(*sides)
+
+
+def test_the_base_model_is_run_once_for_all_runs_of_a_grid(
+    memorised, tiny_model, tiny_tokenizer, sides, tmp_path: Path
+):
+    stages: list[str] = []
+
+    def evaluate(base: nn.Module, train: Dataset = sides[0]) -> dict[str, Any]:
+        stages.clear()
+        return MemorizationEvaluator(
+            memorised,
+            tiny_tokenizer,
+            base_model=base,
+            spec=SPEC,
+            settings=SETTINGS,
+            base_scores=tmp_path / "base",
+            progress=lambda stage, done, total: stages.append(stage),
+        ).evaluate(train, sides[1])
+
+    first = evaluate(tiny_model("llama"))
+    assert list(dict.fromkeys(stages)) == ["train", "heldout", "base train", "base heldout"]
+    assert evaluate(tiny_model("llama")) == first
+    assert list(dict.fromkeys(stages)) == ["train", "heldout"]
+    evaluate(tiny_model("llama", seed=3))
+    assert "base heldout" in stages
+    evaluate(tiny_model("llama"), sides[0].select(range(32)))
+    assert "base train" in stages and "base heldout" not in stages
+
+
+def test_without_canaries_measured_the_result_says_so(memorised, tiny_tokenizer, sides):
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
+    result = evaluator.evaluate(*sides, canaries={"planted": []})
+    assert result["memorization"]["canary_exposure"] is None
+    assert "not measured" in result["not_applicable"]["memorization.canary_exposure"]
+
+
+def test_a_masked_model_has_identifiers_and_membership_but_no_continuation(tiny_model, tiny_tokenizer, sides):
+    spec = TaskSpec("masked_lm", max_length=48)
+    base = tiny_model("bert", seed=1)
+    evaluator = MemorizationEvaluator(tiny_model("bert"), tiny_tokenizer, base_model=base, spec=spec, settings=SETTINGS)
+    result = evaluator.evaluate(*sides)
+    assert result["memorization"]["extraction_rate"] is None
+    for key in ("memorization.extraction_rate", "memorization.extraction", "reference.heldout.extraction"):
+        assert "does not continue" in result["not_applicable"][key]
+    assert value(result["memorization"], "identifier_extraction_rate") < 0.2
+    assert value(result["memorization"], "membership", "min_k", "auc") > 0
+    assert result["memorization"]["membership_attack"] == "reference"
+
+
+def test_a_classifier_has_membership_from_its_losses_alone(tiny_model, tiny_tokenizer, sides):
+    spec = TaskSpec("classification", labels=("x", "y", "z"), max_length=48)
+    labelled = [
+        side.add_column("label", ["xyz"[i % 3] for i in range(len(side))], new_fingerprint=f"labelled{i}")
+        for i, side in enumerate(sides)
+    ]
+    evaluator = MemorizationEvaluator(
+        tiny_model("bert", "classification"), tiny_tokenizer, spec=spec, settings=SETTINGS
+    )
+    result = evaluator.evaluate(*labelled)
+    assert 0 < value(result["memorization"], "membership", "loss", "auc") < 1
+    assert result["memorization"]["membership_auc"] == result["memorization"]["membership"]["loss"]["auc"]
+    assert set(result["not_applicable"]) >= {
+        "utility.perplexity",
+        "memorization.extraction_rate",
+        "memorization.identifier_extraction_rate",
+        "memorization.membership.min_k",
+        "memorization.membership.reference",
+        "reference.base_model",
+        "reference.heldout.extraction_rate",
+    }
+    unlabelled = evaluator.evaluate(*sides)
+    assert unlabelled["memorization"]["membership_auc"] is None
+    assert "label" in unlabelled["not_applicable"]["memorization.membership.loss"]
+    json.dumps([result, unlabelled], allow_nan=False)
+
+
+def test_few_records_and_other_lengths_are_warned_of(memorised, tiny_tokenizer):
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
+    warnings = evaluator.evaluate(records(20, 0), records(40, 1, n_words=4))["warnings"]
+    assert any("train: only 20 records" in w for w in warnings)
+    assert any("differ in length" in w for w in warnings)
+    assert not any("heldout: only" in w for w in warnings)
+
+
+def test_an_auc_below_one_half_is_not_called_private(memorised, tiny_tokenizer, sides):
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
+    warnings = evaluator.evaluate(sides[1], sides[0])["warnings"]  # the sides swapped
+    assert any("does not mean more privacy" in w for w in warnings)
+
+
+def test_at_most_so_many_records_by_whole_patients(memorised, tiny_tokenizer, sides):
+    settings = EvaluationSettings(prefix_tokens=[4], suffix_tokens=[4], bootstrap=50, max_records=11)
+    result = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=settings).evaluate(*sides)
+    for side in ("train", "heldout"):
+        assert (result["counts"][side]["n_records"], result["counts"][side]["n_units"]) == (10, 5)
+
+
+def test_a_sample_of_units_is_whole_random_and_stable():
+    units = [f"u{i % 10}" for i in range(50)]
+    rows = units_sample(units, 23, seed=0)
+    assert len(rows) == 20
+    assert rows == sorted(rows) == units_sample(units, 23, seed=0)
+    assert {i for i, u in enumerate(units) if u in {units[r] for r in rows}} == set(rows)
+    assert rows != units_sample(units, 23, seed=1)
+    assert len(units_sample(units, 2, seed=0)) == 5  # one patient at least
+
+
+def test_rare_words_are_scored_as_indirect_identifiers_when_asked(memorised, tiny_tokenizer, sides):
+    rare = Dataset.from_list([*sides[0], {**sides[0][0], "text": "quixotic zephyr", "unit": "u", "identifiers": []}])
+    settings = EvaluationSettings(prefix_tokens=[4], suffix_tokens=[4], bootstrap=50, k=2)
+    result = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=settings).evaluate(rare, sides[1])
+    assert result["memorization"]["identifier_extraction_indirect"]["n"] == 1  # the first word has nothing before it
+    assert result["counts"]["train"]["n_identifiers_not_evaluable"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prefix_tokens": []},
+        {"suffix_tokens": [0]},
+        {"fpr": [0.0]},
+        {"min_k": 0.0},
+        {"batch_tokens": 0},
+        {"bootstrap": 0},
+        {"max_records": 0},
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(tiny_model, tiny_tokenizer, wrong: dict[str, Any]):
+    with pytest.raises(InputError, match=f"evaluation.{next(iter(wrong))}"):
+        MemorizationEvaluator(tiny_model("gpt2"), tiny_tokenizer, settings=EvaluationSettings(**wrong))
+
+
+def test_an_empty_side_is_refused(memorised, tiny_tokenizer, sides):
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
+    with pytest.raises(InputError, match="heldout: no records"):
+        evaluator.evaluate(sides[0], sides[1].select([]))

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from dpmed.memorization import membership
+from dpmed.memorization.intervals import Measure, bootstrap_by_unit, wilson
+from dpmed.memorization.membership import (
+    ROC_POINTS,
+    Sides,
+    attack_figures,
+    auc,
+    bootstrap_attack,
+    loss_score,
+    min_k_score,
+    reference_score,
+    roc,
+    tpr_at_fpr,
+    zlib_lengths,
+    zlib_score,
+)
+from dpmed.memorization.statistics import TokenScores
+
+
+def scores_of(log_probs: list[list[float]]) -> TokenScores:
+    lengths = [len(r) for r in log_probs]
+    flat = np.array([v for r in log_probs for v in r], dtype=np.float32)
+    return TokenScores(
+        record=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        log_prob=flat,
+        is_argmax=np.zeros(len(flat), dtype=bool),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        first_window=np.array(lengths, dtype=np.int32),
+    )
+
+
+def sides(members: np.ndarray, others: np.ndarray, per_unit: int = 1) -> Sides:
+    return Sides(members, others, np.arange(len(members)) // per_unit, np.arange(len(others)) // per_unit)
+
+
+NAN = float("nan")
+
+
+def test_scores_by_hand():
+    scores = scores_of([[NAN, -1, -2, -9], [NAN, -4], [NAN], [-3, NAN, -1, -1, -1, -2]])
+    assert loss_score(scores)[[0, 1, 3]].tolist() == pytest.approx([-4, -4, -1.6])
+    base = scores_of([[NAN, -2, -2, -11], [NAN, -1], [NAN], [-3, NAN, -1, -1, -1, -2]])
+    assert reference_score(scores, base)[[0, 1, 3]].tolist() == pytest.approx([1, -3, 0])
+    assert min_k_score(scores, 0.4)[[0, 1, 3]].tolist() == pytest.approx([-9, -4, -2.5])  # 1 of 3, 1 of 1, 2 of 5
+    assert min_k_score(scores, 1.0)[[0, 1, 3]].tolist() == pytest.approx([-4, -4, -1.6])
+    assert zlib_score(scores, np.array([6, 2, 5, 4]))[[0, 1, 3]].tolist() == pytest.approx([-2, -2, -2])
+    for score in (loss_score(scores), min_k_score(scores, 0.4), zlib_score(scores, np.ones(4))):
+        assert np.isnan(score[2])
+
+
+def test_a_text_that_repeats_itself_compresses():
+    lengths = zlib_lengths(["fever " * 50, "äöü"])
+    assert lengths.tolist() == [len(zlib.compress(b"fever " * 50)), len(zlib.compress("äöü".encode()))]
+
+
+def test_scores_of_different_records_are_not_compared():
+    with pytest.raises(ValueError, match="different records"):
+        reference_score(scores_of([[-1.0, -2.0]]), scores_of([[-1.0]]))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_min_k_needs_a_share(share: float):
+    with pytest.raises(ValueError, match="share"):
+        min_k_score(scores_of([[-1.0]]), share)
+
+
+@pytest.mark.parametrize("decimals", [1, 12])  # with many ties, and without
+def test_auc_and_roc_agree_with_sklearn(decimals: int):
+    rng = np.random.default_rng(2)
+    members, others = rng.normal(0.5, 1, 300).round(decimals), rng.normal(0, 1, 200).round(decimals)
+    truth, score = np.repeat([1, 0], [300, 200]), np.concatenate([members, others])
+    assert auc(members, others) == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
+    fpr, tpr, _ = roc_curve(truth, score, drop_intermediate=False)
+    np.testing.assert_allclose(roc(members, others), (fpr, tpr), atol=1e-12)
+    for rate in (0.001, 0.01, 0.1, 0.995):
+        assert tpr_at_fpr(members, others, rate) == pytest.approx(tpr[fpr <= rate + 1e-12].max())
+
+
+def test_tpr_at_fpr_by_hand():
+    members, others = np.array([5.0, 3, 3, 1]), np.array([4.0, 3, 2, 0])
+    assert tpr_at_fpr(members, others, 0.0) == 0.25  # above 4
+    assert tpr_at_fpr(members, others, 0.2499) == 0.25
+    assert tpr_at_fpr(members, others, 0.25) == 0.25  # a threshold at 3 would let both 4 and 3 pass
+    assert tpr_at_fpr(members, others, 0.5) == 0.75
+    assert tpr_at_fpr(members, others, 1.0) == 1.0
+
+
+def test_ties_count_half():
+    assert auc(np.array([1.0, 1.0]), np.array([1.0, 1.0])) == 0.5
+    assert auc(np.array([2.0, 1.0]), np.array([1.0])) == 0.75
+
+
+def test_equal_distributions_are_near_one_half_and_planted_members_stand_out():
+    rng = np.random.default_rng(5)
+    same = attack_figures(sides(rng.normal(size=2000), rng.normal(size=2000)), [0.01], bootstrap=200)["auc"]
+    assert isinstance(same, Measure)
+    assert same.low < 0.5 < same.high
+    assert abs(same.value - 0.5) < 0.03
+    planted = attack_figures(sides(rng.normal(2, 1, 200), rng.normal(size=200)), [0.01], bootstrap=200)
+    area, tpr = planted["auc"], planted["tpr_at_fpr_0.01"]
+    assert isinstance(area, Measure) and isinstance(tpr, Measure)
+    assert area.low > 0.88 and area.value > 0.9
+    assert area.higher_is == tpr.higher_is == "worse"
+    assert area.n == 400
+    assert tpr.low < tpr.value <= tpr.high
+
+
+@pytest.mark.parametrize("decimals", [0, 12])
+def test_the_weighted_bootstrap_equals_the_attack_on_the_resampled_records(decimals: int, monkeypatch):
+    """Every resample's weights are turned into records again and given to the plain functions."""
+    rng = np.random.default_rng(4)
+    members, others = rng.normal(1, 1, 30).round(decimals), rng.normal(0, 1, 24).round(decimals)
+    own = sides(members, others, per_unit=3)
+    weights = {10: rng.integers(1, 4, size=(6, 10)), 8: rng.integers(0, 3, size=(6, 8)) + np.eye(6, 8, dtype=int)}
+    monkeypatch.setattr("dpmed.memorization.membership.unit_multiplicities", lambda n, b, seed: iter([weights[n]]))
+    monkeypatch.setattr("dpmed.memorization.membership.percentile_interval", lambda values: values)
+    areas, (at_10, at_50) = bootstrap_attack(own, [0.1, 0.5], 6, 0)
+    for i in range(6):
+        m = np.repeat(members, weights[10][i][own.member_units])
+        o = np.repeat(others, weights[8][i][own.other_units])
+        assert areas[i] == pytest.approx(auc(m, o))
+        assert at_10[i] == pytest.approx(tpr_at_fpr(m, o, 0.1))
+        assert at_50[i] == pytest.approx(tpr_at_fpr(m, o, 0.5))
+
+
+def test_intervals_draw_patients():
+    rng = np.random.default_rng(9)
+    of_member, of_other = rng.normal(0.5, 1, 60), rng.normal(0, 1, 60)
+    plain = sides(of_member, of_other)
+    repeated = sides(np.repeat(of_member, 5), np.repeat(of_other, 5), per_unit=5)
+    one, _ = bootstrap_attack(plain, [], 2000, 0)
+    five, _ = bootstrap_attack(repeated, [], 2000, 0)
+    assert five == pytest.approx(one, abs=0.01)  # copies of a patient's record add nothing
+    units = np.concatenate([plain.member_units, 1000 + plain.other_units])
+    both, member = np.concatenate([of_member, of_other]), np.repeat([True, False], 60)
+
+    def area(index: np.ndarray) -> float:
+        return auc(both[index][member[index]], both[index][~member[index]])
+
+    assert bootstrap_by_unit(area, units, 1000, 1) == pytest.approx(one, abs=0.03)
+
+
+def test_blocks_of_resamples_are_drawn_apart(monkeypatch):
+    rng = np.random.default_rng(1)
+    monkeypatch.setattr(membership, "_WEIGHTS_AT_ONCE", 100 * 200)
+    own = sides(rng.normal(size=200), rng.normal(size=200))
+    low, high = bootstrap_attack(own, [], 2_000, 0)[0]
+    expected = 2 * 1.96 * np.sqrt(401 / (12 * 200**2))  # Mann-Whitney under equal distributions
+    assert high - low == pytest.approx(expected, rel=0.1)
+
+
+def test_separated_sides_keep_an_interval():
+    figures = attack_figures(sides(np.arange(10.0) + 100, np.arange(20.0)), [0.1], bootstrap=100)
+    area, tpr = figures["auc"], figures["tpr_at_fpr_0.1"]
+    assert isinstance(area, Measure) and isinstance(tpr, Measure)
+    assert (area.value, area.low, area.high) == (1.0, *wilson(10, 10))
+    assert (tpr.value, tpr.low) == (1.0, wilson(10, 10)[0])
+
+
+def test_a_rate_finer_than_one_record_says_so():
+    figures = attack_figures(sides(np.arange(50.0), np.arange(50.0)), [0.1, 0.02, 0.001], bootstrap=50)
+    resolutions = {name: f.extra.get("resolution") for name, f in figures.items() if isinstance(f, Measure)}
+    assert resolutions == {"auc": None, "tpr_at_fpr_0.1": None, "tpr_at_fpr_0.02": None, "tpr_at_fpr_0.001": 0.02}
+
+
+def test_the_thinned_curve_lies_on_the_curve():
+    rng = np.random.default_rng(8)
+    members, others = rng.normal(1, 1, 3000), rng.normal(0, 1, 3000)
+    thin = attack_figures(sides(members, others), [0.01], bootstrap=10)["roc"]
+    assert isinstance(thin, dict)
+    assert 30 < len(thin["fpr"]) == len(thin["tpr"]) <= ROC_POINTS
+    assert (thin["fpr"][0], thin["fpr"][-1], thin["tpr"][-1]) == (0.0, 1.0, 1.0)
+    assert sum(0 < f < 0.01 for f in thin["fpr"]) >= 5  # where it matters
+    whole = {(round(f, 6), round(t, 6)) for f, t in zip(*roc(members, others), strict=True)}
+    assert set(zip(thin["fpr"], thin["tpr"], strict=True)) <= whole
