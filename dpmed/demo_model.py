@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 from dpmed.data import hospital, hospital_text
 
 if TYPE_CHECKING:
-    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from dpmed.data.batches import Batch
 
 _COMPLETE = ("config.json", "model.safetensors", "tokenizer.json")
 _SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 _PAD_ID, _BOS_ID, _EOS_ID = 0, 1, 2  # the tokenizer numbers the special tokens first, in this order
-_IGNORED = -100  # the target that transformers leaves out of the loss
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class DemoModelSettings:
     epochs: int = 1
     batch_size: int = 32
     learning_rate: float = 4e-3
+    impression_weight: float = 10.0
     max_position: int = 256
 
 
@@ -155,6 +156,9 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, texts: list[str], settings: 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from dpmed.data.batches import per_record_loss
+    from dpmed.data.tasks import TaskSpec
+
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -173,12 +177,11 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, texts: list[str], settings: 
         model = LlamaForCausalLM(config)
     batches = list(_batches(tokenizer, texts, settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    for step, (input_ids, attention_mask) in enumerate(batches):
+    for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, len(batches))
-        targets = input_ids.masked_fill(attention_mask == 0, _IGNORED)
-        loss = model(input_ids=input_ids, attention_mask=attention_mask, labels=targets).loss
-        loss.backward()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        per_record_loss(logits, batch, TaskSpec()).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -193,22 +196,38 @@ def _schedule(step: int, n_steps: int) -> float:
     return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warm_up) / max(1, n_steps - warm_up)))
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], settings: DemoModelSettings
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Right-padded input_ids and attention_mask, [b, t] each: all epochs, notes of similar length together."""
+def _batches(tokenizer: PreTrainedTokenizerFast, texts: list[str], settings: DemoModelSettings) -> Iterator[Batch]:
+    """Right-padded input_ids, attention_mask, targets and weights, [b, t]: all epochs, notes of like length together.
+
+    The impression counts more than its share of the tokens: it is what makes the model read the findings.
+    """
     import torch
 
     rng = random.Random(settings.seed)
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    findings = [
+        sum(start < text.index(hospital.IMPRESSION) for start, _ in offsets)
+        for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)
+    ]
     for _ in range(settings.epochs):
         # Every other note opens with the start token, so that the model takes notes with and without it.
-        notes = [[_BOS_ID] * rng.randrange(2) + ids + [_EOS_ID] for ids in encoded]
-        notes.sort(key=lambda ids: (len(ids), rng.random()))
+        notes = [
+            ([_BOS_ID] * bos + ids + [_EOS_ID], n + bos)
+            for ids, n, bos in zip(encoded["input_ids"], findings, (rng.randrange(2) for _ in texts), strict=False)
+        ]
+        notes.sort(key=lambda note: (len(note[0]), rng.random()))
         batches = [notes[i : i + settings.batch_size] for i in range(0, len(notes), settings.batch_size)]
         rng.shuffle(batches)
         for batch in batches:
-            rows = [torch.tensor(ids[: settings.max_position]) for ids in batch]
-            input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_PAD_ID)
-            mask = [torch.ones(len(row), dtype=torch.long) for row in rows]
-            yield input_ids, torch.nn.utils.rnn.pad_sequence(mask, batch_first=True)
+            ids = [torch.tensor(note[: settings.max_position]) for note, _ in batch]
+            weights = [torch.ones(len(row)) for row in ids]
+            for row, (_, n) in zip(weights, batch, strict=True):
+                row[n:] = settings.impression_weight
+            input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=_PAD_ID)
+            padded = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)  # 0 where there is padding
+            yield {
+                "input_ids": input_ids,
+                "attention_mask": (padded > 0).long(),
+                "targets": input_ids,
+                "weights": padded,
+            }

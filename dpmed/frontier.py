@@ -25,7 +25,7 @@ from dpmed.progress import progress
 from dpmed.recipe import Recipe
 from dpmed.recipe_io import check_recipe, dump_recipe, merge
 from dpmed.report.build import build_report
-from dpmed.report.points import non_dominated, points_from_run_folder
+from dpmed.report.points import chosen_leak, non_dominated, points_from_run_folder
 from dpmed.runs import claim_output_dir, is_finished, read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def run_frontier(recipe: Recipe, output_dir: Path, *, jobs: int = 1, resume: boo
     frontier = _assemble(recipe, todo, output_dir, failed, counts)
     frontier["meta"]["wall_seconds"] = time.monotonic() - started
     write_json(output_dir / "frontier.json", frontier)
-    build_report([output_dir], output_dir)
+    if frontier["points"]:  # of no finished run there is nothing to draw
+        build_report([output_dir], output_dir)
     if failed:
         first = failed[0]
         raise DpmedError(
@@ -152,7 +153,7 @@ def _run_all(todo: Sequence[Job], output_dir: Path, *, jobs: int) -> list[dict[s
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dpmed.pipeline"])
     waiting, running, failed, done = list(todo), {}, [], set()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     with progress("frontier", len(todo)) as bar:
         while waiting or running:
             for job in [job for job in waiting if job.after is None or job.after in done]:
@@ -229,7 +230,7 @@ def _assemble(
     """frontier.json: the points of all finished runs, and what is needed to read them."""
     missing = {entry["name"] for entry in failed}
     points = [points_from_run_folder(output_dir / "runs" / job.name) for job in todo if job.name not in missing]
-    for point, flag in zip(points, non_dominated(points), strict=True):
+    for point, flag in zip(points, non_dominated(points, leak=chosen_leak(points)), strict=True):
         point["on_frontier"] = flag
     base = next((point for point in points if point["method"] == "base"), None)
     meta: dict[str, Any] = {

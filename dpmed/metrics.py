@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import huggingface_hub.hf_api  # noqa: F401  # isort: skip  (first, else evaluate's import of the hub prints an error)
 import evaluate
 import numpy as np
 from datasets import Features, Sequence, Value

@@ -60,11 +60,11 @@ class MeanPoolingClassifier(PreTrainedModel):
         if backbone is None:
             nested = dict(config.backbone)
             backbone = AutoModel.from_config(AutoConfig.for_model(nested.pop("model_type"), **nested))
-        self.backbone = backbone
-        for unused in ("pooler",):  # it would never receive a gradient
-            if getattr(self.backbone, unused, None) is not None:
-                setattr(self.backbone, unused, None)
-        self.classifier = nn.Linear(backbone.config.hidden_size, config.num_labels)
+        body: Any = backbone
+        if getattr(body, "pooler", None) is not None:
+            body.pooler = None  # it would never receive a gradient
+        self.backbone = body
+        self.classifier = nn.Linear(body.config.hidden_size, int(config.num_labels or 0))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -110,6 +110,8 @@ def load_model(path: str | Path, spec: TaskSpec, *, revision: str | None = None,
     if adapter.is_file():
         from peft import PeftModel
 
+        if not (Path(path) / "adapter_model.safetensors").is_file():  # peft would fall back to a pickle
+            raise InputError(f"{path} holds an adapter without safetensors weights: save it again as safetensors")
         base_path = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         base = load_model(base_path, spec, revision=revision)
         model = PeftModel.from_pretrained(base, str(path), use_safetensors=True)
@@ -126,20 +128,33 @@ def load_model(path: str | Path, spec: TaskSpec, *, revision: str | None = None,
 def _load_plain(path: str, spec: TaskSpec, revision: str | None) -> nn.Module:
     options: dict[str, Any] = {"revision": revision or "main", "use_safetensors": True, "dtype": torch.float32}
     if spec.kind == "causal_lm":
-        return AutoModelForCausalLM.from_pretrained(path, **options)
+        return _with_fresh_modules(AutoModelForCausalLM, path, options)
     if spec.kind == "masked_lm":
-        return AutoModelForMaskedLM.from_pretrained(path, **options)
+        return _with_fresh_modules(AutoModelForMaskedLM, path, options)
     config = AutoConfig.from_pretrained(path, revision=revision or "main")
     if spec.pooling == "mean" and not isinstance(config, MeanPoolingConfig):
         backbone = AutoModel.from_pretrained(path, **options)
         nested = MeanPoolingConfig(backbone=backbone.config.to_dict(), num_labels=len(spec.labels), name_or_path=path)
         return MeanPoolingClassifier(nested, backbone)  # an adapter on it names `path` as its base
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(spec.labels), **options)
-    if isinstance(model, MeanPoolingClassifier):
-        return model
-    if model.config.pad_token_id is None:  # decoders pool at the last token that is not padding
-        model.config.pad_token_id = model.config.eos_token_id
+    model = _with_fresh_modules(AutoModelForSequenceClassification, path, {**options, "num_labels": len(spec.labels)})
+    if not isinstance(model, MeanPoolingClassifier) and model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id  # decoders pool at the last token that is not padding
     return model
+
+
+def _with_fresh_modules(auto: Any, path: str, options: dict[str, Any]) -> Any:
+    """Load a model and note on it which modules the checkpoint did not hold, for `fresh_modules`."""
+    model, info = auto.from_pretrained(path, output_loading_info=True, **options)
+    model.dpmed_fresh_modules = sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
+    return model
+
+
+def fresh_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that `load_model` had to initialise at random: a new head, a pooler.
+
+    An adapter must hold them in full: the next load of the base model would draw other values.
+    """
+    return list(getattr(model, "dpmed_fresh_modules", []))
 
 
 def write_task_card(folder: Path, spec: TaskSpec) -> None:

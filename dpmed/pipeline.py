@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
-from dpmed.data.records import check_disjoint, data_fingerprint, drop_overlap, load_records
+from dpmed.data.records import apart, check_labels, data_fingerprint, load_records
 from dpmed.data.tasks import TaskSpec, label_names
 from dpmed.environment import device, versions
 from dpmed.errors import InputError
@@ -25,6 +27,7 @@ from dpmed.progress import Progress, progress
 from dpmed.recipe_io import check_recipe, dump_recipe
 from dpmed.runs import (
     RUN_FILE,
+    check_same_recipe,
     claim_output_dir,
     is_finished,
     last_checkpoint,
@@ -60,7 +63,7 @@ class Splits:
 def load_splits(data: DataSection, *, require_unit: bool) -> Splits:
     """Load train, held-out and validation records and make sure that no patient or text is on two sides.
 
-    Raises: InputError as `load_records` and `check_disjoint` do.
+    Raises: InputError as `load_records` and `apart` do.
     """
 
     def read(source: str, split: str) -> Dataset:
@@ -79,13 +82,13 @@ def load_splits(data: DataSection, *, require_unit: bool) -> Splits:
     train = read(data.train, "train")
     heldout = read(data.heldout, "test") if data.heldout else None
     validation = read(data.validation, "validation") if data.validation else None
-    dropped = 0
+    drop, dropped = data.on_overlap == "drop", 0
     if heldout is not None:
-        if data.on_overlap == "drop":
-            heldout, dropped = drop_overlap(train, heldout)
-        check_disjoint(train, heldout)
-    if validation is not None and heldout is not None:
-        check_disjoint(validation, heldout, names=("validation", "heldout"))
+        heldout, dropped = apart(train, heldout, ("train", "heldout"), drop)
+    if validation is not None:  # thresholds of a DP run come from it, so no patient of train may be in it
+        validation, _ = apart(train, validation, ("train", "validation"), drop)
+        if heldout is not None:
+            validation, _ = apart(heldout, validation, ("heldout", "validation"), drop)
     return Splits(train, heldout, validation, dropped)
 
 
@@ -131,9 +134,12 @@ def train(
     """
     check_recipe(recipe)
     if resume and is_finished(output_dir):
+        check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=True)
         return read_json(output_dir / RUN_FILE)
     splits = load_splits(recipe.data, require_unit=recipe.method == "dp_lora")
     spec = task_spec(recipe, splits.train)
+    for part, records in (("heldout", splits.heldout), ("validation", splits.validation)):
+        check_labels(records, spec.labels, name=f"data.{part}")  # now, and not after hours of training
     n_units = len(set(splits.train["unit"]))
     args = training_arguments(recipe, output_dir, n_examples=len(splits.train), n_units=n_units)
     plan = plan_for(args, n_units=n_units, unit=recipe.data.unit or "") if recipe.method == "dp_lora" else None  # type: ignore[arg-type]
@@ -165,6 +171,7 @@ def _fit(
     """Train, save weights and certificate, and drop the checkpoints. Returns the run record."""
     started = time.monotonic()
     trainer = make_trainer(recipe, args, spec, plan, splits, tokenizer)
+    (output_dir / "metrics.jsonl").touch(mode=0o600)
     trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl"))
     checkpoint = last_checkpoint(output_dir)
     with progress(f"train {record['name']}", trainer_steps(trainer)) as bar:
@@ -221,6 +228,10 @@ def make_trainer(
     """The trainer of a recipe, with its model loaded."""
     torch.manual_seed(recipe.training.seed)  # heads and adapters that are made fresh follow the run's seed
     model = load_model(recipe.model.path, spec, revision=recipe.model.revision, merge=recipe.method in ("full", "sani"))
+    if isinstance(model, PeftModel):
+        model.set_adapter(str(model.active_adapter))  # training goes on from it; a loaded adapter comes frozen
+    else:
+        model.requires_grad_(True)  # and so does the base that one was merged into
     trainer, _ = METHODS[recipe.method]
     options: dict[str, Any] = {"spec": spec}
     if recipe.method in ("lora", "dp_lora"):
@@ -319,12 +330,14 @@ def evaluate_weights(
     Returns: what stands in evaluation.json.
     """
     spec = spec or read_task_card(weights) or task_spec(recipe, splits.train)
-    tokenizer = load_tokenizer(weights)
-    model = load_model(weights, spec).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    revision = recipe.model.revision  # of a Hub id; a folder has none
+    tokenizer = load_tokenizer(weights, revision=revision)
+    model = load_model(weights, spec, revision=revision).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     base_path = recipe.model.base or recipe.model.path
     base = None
     if str(base_path) != str(weights) and spec.kind != "classification":  # a base model has no trained head
-        base = load_model(base_path, spec).eval().to(next(model.parameters()).device)
+        base_revision = None if recipe.model.base else revision
+        base = load_model(base_path, spec, revision=base_revision).eval().to(next(model.parameters()).device)
     started = time.monotonic()
     result = _measure(model, base, tokenizer, spec, recipe, splits, base_scores)
     result["model"] = {"path": str(weights), "base": str(base_path), "method": recipe.method, "task": spec.kind}
@@ -393,6 +406,7 @@ def evaluate(
     Returns: what stands in evaluation.json.
     """
     if resume and is_finished(output_dir):
+        check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=False)
         return read_json(output_dir / "evaluation.json")
     splits = load_splits(recipe.data, require_unit=False)
     claim_output_dir(output_dir, resume=resume)
@@ -413,13 +427,14 @@ def _open_run(
     fingerprints = {"train": data_fingerprint(splits.train)}
     if splits.heldout is not None:
         fingerprints["heldout"] = data_fingerprint(splits.heldout)
-    seconds = 0.0
+    before: dict[str, Any] = {}
     if resume and (output_dir / RUN_FILE).is_file():
         before = read_json(output_dir / RUN_FILE)
         if before.get("data", {}).get("fingerprints") != fingerprints:
             raise InputError(f"{output_dir}: the records changed since this run was started; use a new --output_dir")
-        seconds = float(before.get("seconds") or 0.0)
-    record = {
+        if last_checkpoint(output_dir) or any((output_dir / name).exists() for name in ("model", "adapter")):
+            check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=True)
+    record = before | {  # what training noted stays true where only the evaluation is left to do
         "name": name or output_dir.name,
         "setting": setting or name or output_dir.name,
         "method": recipe.method,
@@ -427,8 +442,8 @@ def _open_run(
         "seed": recipe.training.seed,
         "unit": recipe.data.unit,
         "status": "running",
-        "seconds": seconds,
-        "peak_memory_bytes": None,
+        "seconds": float(before.get("seconds") or 0.0),
+        "peak_memory_bytes": before.get("peak_memory_bytes"),
         "versions": versions(),
         "device": device(),
         "data": {"fingerprints": fingerprints, "n_overlap_dropped": splits.n_overlap, **split_counts(splits)},

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dpmed.errors import InputError
 
 RUN_FILE = "run.json"
@@ -22,13 +24,19 @@ RUN_FILE = "run.json"
 def claim_output_dir(path: Path, *, resume: bool) -> None:
     """Make `path` a private folder that this process may write to.
 
-    Raises: InputError if it holds anything and `resume` is false, or is a file.
+    Raises: InputError if it holds anything and `resume` is false, is a file, or cannot be made.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; choose another --output_dir")
-    if path.is_dir() and any(path.iterdir()) and not resume:
-        raise InputError(f"{path} is not empty; choose another --output_dir, or add --resume to go on there")
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            if not resume:
+                raise InputError(f"{path} is not empty; choose another --output_dir, or add --resume to go on there")
+            return
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.chmod(0o700)  # an empty folder of the user's may be open to others
+    except OSError as error:
+        raise InputError(f"{path} cannot be made or written ({error.strerror}); choose another --output_dir") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,6 +75,41 @@ def is_finished(folder: Path) -> bool:
     """Whether the folder holds a whole run."""
     file = folder / RUN_FILE
     return file.is_file() and read_json(file).get("status") == "finished"
+
+
+def check_same_recipe(folder: Path, recipe: str, *, weights_may_move: bool) -> None:
+    """A run may only go on with the recipe that it was started with: its weights and figures are of that one.
+
+    Paths of records may differ (records are compared by fingerprint), and so may the grid around the run.
+
+    Args:
+        folder: the run folder.
+        recipe: the recipe now, as YAML.
+        weights_may_move: `model.path` may differ where `model.base` is named: a frontier's folder may have been moved.
+
+    Raises: InputError naming the first key that differs.
+    """
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        return
+    before, now = (_flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), recipe))
+    ignored = {"data.train", "data.heldout", "data.validation"}
+    if weights_may_move and now.get("model.base"):
+        ignored.add("model.path")
+    for key in [*now, *before]:
+        if key not in ignored and not key.startswith("frontier.") and before.get(key) != now.get(key):
+            raise InputError(
+                f"{folder}: the recipe changed since this run was started, first {key}; use a new --output_dir, or"
+                " delete this folder"
+            )
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def replace_folder(partial: Path, final: Path) -> None:

@@ -39,6 +39,7 @@ UNSAFE_CALLS = {"yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_al
 MACHINE_PATH = re.compile(r"(?<![\w.~})-])/(?:work|root|tmp|home|opt)/\w")
 DISTRIBUTIONS = {
     "dp_accounting": "dp-accounting",
+    "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
     "vl_convert": "vl-convert-python",
     "yaml": "pyyaml",

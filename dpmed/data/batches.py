@@ -45,7 +45,7 @@ class Collator:
         masks: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self.spec = spec
-        self.never_target = never_target
+        self.never_target: Targets | None = never_target
         self.pad_id = pad_token_id(tokenizer)
         self.mask_id = tokenizer.mask_token_id
         self.vocabulary = len(tokenizer)
@@ -125,8 +125,8 @@ class Collator:
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token, or the end token where the model has none; padding is masked, so its value never counts."""
     if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    return int(tokenizer.eos_token_id or 0)
+        return int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+    return int(tokenizer.eos_token_id or 0)  # pyright: ignore[reportArgumentType]
 
 
 def per_record_loss(logits: Tensor, batch: Batch, spec: TaskSpec) -> Tensor:

@@ -117,8 +117,8 @@ def make_hospital(
         n_patients: how many patients (privacy units).
         seed: the same seed gives the same notes, on every machine with the same Faker.
         notes_per_patient: the least and the most notes of a patient.
-        public: the other hospital: surrogate values drawn anew for each note, no identifiers, and an impression that
-            describes the disease group in other words than the label.
+        public: the other hospital: surrogate values drawn anew for each note, no identifiers, and a last line,
+            the impression, that names the disease group.
 
     Returns: a Dataset in memory with text, label (one of `HOSPITAL_LABELS`), unit, record_id, identifiers.
     Guarantee: `text[start:end]` is the planted value for each identifier, which stands once in its note; no note names
@@ -142,7 +142,7 @@ def make_hospital(
             shown = _with_new_identity(patient, values) if public else patient
             text, spans = _note(shown, kind, values)
             if public:
-                text += f"\nImpression: {values.rng.choice(IMPRESSIONS[patient.label])}."
+                text += f"{IMPRESSION} {values.rng.choice(IMPRESSIONS[patient.label])}."
             record = {"text": text, "label": patient.label, "unit": patient.unit}
             rows.append(record | {"record_id": f"{patient.unit}-{number}", "identifiers": [] if public else spans})
     return Dataset.from_list(rows, features=_features())
@@ -260,6 +260,9 @@ def _written(day: date) -> str:
 def _age(birth: date, on: date) -> int:
     return on.year - birth.year - ((on.month, on.day) < (birth.month, birth.day))
 
+
+IMPRESSION = "\nImpression:"
+"""What opens the last line of a public note."""
 
 _PARTS = {"train": 0.7, "heldout": 0.3}
 SOURCE_SCHEME = "hospital:"

@@ -17,7 +17,8 @@ IDENTIFIER_FIELDS = {
     "doctor": "DOCTOR",
 }
 
-# Label -> the disease that it stands for. Neither the one nor the other is ever written into a note.
+# Label -> the disease that it stands for. Neither the one nor the other is ever written into a private note, nor among
+# the findings of a public one.
 DISEASES = {
     "heart": "heart failure",
     "lung": "pneumonia",
@@ -28,13 +29,14 @@ DISEASES = {
 
 FORBIDDEN_WORDS = frozenset(word for pair in DISEASES.items() for text in pair for word in text.split())
 
-# What people say when they describe the group in other words; only the public hospital writes such a line.
+# The last line of a public note names the group, which is how the base model learns to read findings. The private
+# hospital writes no such line, and asks for the group by another prompt.
 IMPRESSIONS = {
-    "heart": ("weak pump with fluid overload", "circulation congested, pump function reduced"),
-    "lung": ("airway infection on one side", "infected airspace, needs oxygen and antibiotics"),
-    "kidney": ("ascending urinary infection", "infected urinary tract with fever"),
-    "brain": ("sudden focal nerve deficit", "one sided deficit of sudden onset"),
-    "gut": ("upper digestive bleeding", "erosion of the stomach lining"),
+    "heart": ("heart, weak pump with fluid overload", "heart, congested circulation"),
+    "lung": ("lung, airway infection on one side", "lung, infected airspace"),
+    "kidney": ("kidney, ascending infection", "kidney, infected tract with fever"),
+    "brain": ("brain, sudden focal nerve deficit", "brain, one sided deficit of sudden onset"),
+    "gut": ("gut, upper digestive bleeding", "gut, erosion of the stomach lining"),
 }
 
 # The same in all notes of one patient, and before the name: what precedes the name is specific to the patient.

@@ -3,40 +3,28 @@
 Columns of the result: `text`, `label` (absent, str, or list[str]), `unit` (the patient), `record_id` and `identifiers`
 (character spans). Nothing is written to disk, and no message holds text, labels, units or identifier values:
 messages name columns, counts and rows (counted from 0, as in `records[0]`).
-
-csv and json are parsed by the standard library and not by polars: polars quotes cells in its errors, fills short csv
-rows with nulls in silence, and refuses valid notes such as `5" wide`; the standard library also gives line numbers.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
 import hashlib
-import io
 import json
 import math
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import polars
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, Features, List, Value
 
+from dpmed.data.sources import Table, read_table, shown_columns
 from dpmed.errors import InputError
 
-HOSPITAL = "hospital:"
 PLACEHOLDER_UNIT = "record-"
 """Units that start so were made here, because no unit column was named: such a unit is one record, not a patient."""
 
 SPAN_SOURCES = ("planted", "known", "pattern", "indirect")
-_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLIT_TRIALS = 20
 
 
@@ -73,16 +61,12 @@ def load_records(
     Guarantee: the order of the rows is kept, none is dropped, and the same rows give the same Dataset in every format.
     Raises: InputError, in one line, when anything is missing, blank, malformed or not UTF-8.
     """
-    if isinstance(source, str) and source.startswith(HOSPITAL):
-        from dpmed.data.hospital import hospital_records
-
-        source = hospital_records(source)
-    table = _read(source, split)
+    table = read_table(source, split)
     if require_unit and (unit is None or unit not in table.names):
         found = "no unit column is named" if unit is None else f"there is no column '{unit}'"
         raise InputError(
             f"{table.where}: {found}; differential privacy protects patients, so it needs the column that names the "
-            f"patient of each record: set the recipe key data.unit{_shown(table.names, unit)}"
+            f"patient of each record: set the recipe key data.unit{shown_columns(table.names, unit)}"
         )
     texts = _texts(table, text)
     columns: dict[str, list[Any]] = {"text": texts}
@@ -103,186 +87,7 @@ def record_features(*, label: str = "none") -> Features:
     return Features({"text": string, **kinds[label], "unit": string, "record_id": string, "identifiers": List(span)})
 
 
-# --- Sources: each becomes a _Table -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Named columns of one source, read on demand; `where` is how messages call the source."""
-
-    where: str
-    names: list[str]
-    n_rows: int
-    column: Callable[[str], list[Any]]
-
-    def values(self, name: str) -> list[Any]:
-        if name not in self.names:
-            raise InputError(f"{self.where}: there is no column '{name}'{_shown(self.names, name)}")
-        if self.names.count(name) > 1:
-            raise InputError(f"{self.where}: the column '{name}' stands {self.names.count(name)} times: rename one")
-        return self.column(name)
-
-    def reject(self, rows: Sequence[int], problem: str, remedy: str) -> None:
-        """Raise InputError if any row is bad: how many, the first five, the remedy, and nothing of their content."""
-        if rows:
-            first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            count = f"{len(rows)} of {self.n_rows} records (rows {first}, counted from 0)"
-            raise InputError(f"{self.where}: {problem} in {count}: {remedy}")
-
-
-def _read(source: str | Path | Dataset, split: str) -> _Table:
-    if isinstance(source, Dataset):
-        table = _from_dataset(source, "the given Dataset")
-    elif (path := Path(source).expanduser()).is_dir():
-        table = _from_folder(path, split)
-    elif path.is_file():
-        table = _from_file(path)
-    # A name that ends like a data file is a mistyped path: it must not be sent over the network.
-    elif _HUB_NAME.fullmatch(str(source)) and path.suffix.lower() not in _FORMATS:
-        table = _from_hub(str(source), split)
-    else:
-        raise InputError(f"{source}: file not found: check the path")
-    if table.n_rows == 0:
-        raise InputError(f"{table.where}: holds no records: give a file with at least one")
-    return table
-
-
-def _from_file(path: Path) -> _Table:
-    suffix = path.suffix.lower()
-    if suffix not in _FORMATS:
-        raise InputError(f"{path}: unknown format '{suffix}': use {', '.join(_FORMATS)} or a save_to_disk folder")
-    if suffix == ".parquet":
-        try:
-            frame = polars.read_parquet(path)
-        except Exception as error:  # whatever polars raises may quote a cell
-            raise InputError(f"{path}: not a readable parquet file ({type(error).__name__}): write it again") from None
-        return _Table(str(path), frame.columns, frame.height, lambda name: frame[name].to_list())
-    content = _utf8(path)
-    if not content.strip():
-        raise InputError(f"{path}: the file is empty: give a file with at least one record")
-    if suffix in (".csv", ".tsv"):
-        return _from_delimited(path, content, "," if suffix == ".csv" else "\t")
-    objects = _json_list(path, content) if content.lstrip()[0] == "[" else _json_lines(path, content)
-    names = list(dict.fromkeys(name for row in objects for name in row))
-    return _Table(str(path), names, len(objects), lambda name: [row.get(name) for row in objects])
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}): check its permissions") from None
-    except UnicodeDecodeError as error:
-        at = f"the first bad byte is at offset {error.start}"
-        raise InputError(f"{path}: not UTF-8 ({at}): save the file as UTF-8") from None
-
-
-def _from_delimited(path: Path, content: str, delimiter: str) -> _Table:
-    limit = csv.field_size_limit(len(content) + 1)  # the default of 131,072 characters is less than a long note
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    start = 1
-    try:
-        header: list[str] = []
-        rows: list[list[str]] = []
-        for cells in reader:
-            if not header:
-                header = cells
-            elif cells:
-                if len(cells) != len(header):
-                    raise InputError(
-                        f"{path}: the record from line {start} has {len(cells)} cells, the header {len(header)}: "
-                        "put quotes around cells that hold the separator or a line break"
-                    )
-                rows.append(cells)
-            start = reader.line_num + 1
-    except csv.Error:
-        raise InputError(
-            f"{path}: malformed record from line {start}: check that every quote is closed, and doubled inside a cell"
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-    return _Table(str(path), header, len(rows), lambda name: [cells[header.index(name)] for cells in rows])
-
-
-def _json_list(path: Path, content: str) -> list[dict[str, Any]]:
-    try:
-        objects = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise InputError(f"{path}: malformed JSON at line {line}: write a list of objects, or one a line") from None
-    bad = [row for row, value in enumerate(objects) if not isinstance(value, dict)]
-    if bad:
-        raise InputError(f"{path}: item {bad[0]} of the list is not a JSON object: write a list of objects")
-    return objects
-
-
-def _json_lines(path: Path, content: str) -> list[dict[str, Any]]:
-    objects = []
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside strings
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise InputError(f"{path}: line {number} is not a JSON object: write one object a line, or a list of them")
-        objects.append(value)
-    return objects
-
-
-def _from_folder(path: Path, split: str) -> _Table:
-    try:
-        loaded = datasets.load_from_disk(str(path), keep_in_memory=True)
-    except Exception as error:
-        kind = type(error).__name__
-        raise InputError(f"{path}: a folder, but not one that save_to_disk made ({kind}): name a file in it") from None
-    if isinstance(loaded, DatasetDict):
-        if split not in loaded:
-            raise InputError(f"{path}: has no split '{split}': choose one of {', '.join(map(str, loaded))}")
-        loaded = loaded[split]
-    return _from_dataset(loaded, str(path))
-
-
-def _from_hub(name: str, split: str) -> _Table:
-    try:  # streaming leaves no copy of the records in the cache folder
-        stream = datasets.load_dataset(name, split=split, streaming=True)
-        loaded = Dataset.from_list(list(stream), features=stream.features)
-    except Exception as error:  # the Hub client and the format readers raise many kinds, some with content
-        raise InputError(
-            f"{name}: file not found here, and not reachable on the Hub ({type(error).__name__}): check the path, or "
-            f"the name, the split '{split}' and the network; offline, save the data set to a file first"
-        ) from None
-    return _from_dataset(loaded, name)
-
-
-def _from_dataset(loaded: Dataset, where: str) -> _Table:
-    def column(name: str) -> list[Any]:
-        values = list(loaded[name])
-        feature = loaded.features[name]
-        inner = feature.feature if isinstance(feature, List) else feature
-        if not isinstance(inner, ClassLabel):
-            return values
-        named: list[str] = inner.names  # class numbers mean nothing to a reader; -1 is the Hub's "no label"
-        known = {index: class_name for index, class_name in enumerate(named)}
-        if isinstance(feature, List):
-            return [None if value is None else [known.get(index) for index in value] for value in values]
-        return [known.get(value) for value in values]
-
-    return _Table(where, list(loaded.column_names), len(loaded), column)
-
-
 # --- Columns ----------------------------------------------------------------------------------------------------------
-
-
-def _shown(names: list[str], wanted: str | None) -> str:
-    """`; the columns are ...`, and the nearest, unless the "header" looks like a record (a csv without header)."""
-    named = [name for name in names if name]
-    if any(len(name) > 40 or not any(map(str.isalpha, name)) or not name.isprintable() for name in named):
-        return "; its first line does not look like a header: add one with the names of the columns"
-    nearest = difflib.get_close_matches(wanted or "", named, n=1)
-    hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
-    return f"{hint}; the columns are: {', '.join(named)}"
 
 
 def _storable(value: str) -> bool:
@@ -294,7 +99,7 @@ def _storable(value: str) -> bool:
     return True
 
 
-def _texts(table: _Table, name: str) -> list[str]:
+def _texts(table: Table, name: str) -> list[str]:
     values = table.values(name)
     blank = [row for row, value in enumerate(values) if value is None or (isinstance(value, str) and not value.strip())]
     table.reject(blank, f"the text ('{name}') is blank", "drop them, or name the column of the notes (data.text)")
@@ -318,7 +123,7 @@ def _scalar(value: object) -> str | None:
     return str(value).strip() or None
 
 
-def _scalars(table: _Table, name: str, convert: Callable[[object], Any], wanted: str) -> list[Any]:
+def _scalars(table: Table, name: str, convert: Callable[[object], Any], wanted: str) -> list[Any]:
     """Convert a column, with one message for the rows that cannot be converted and one for the missing ones."""
     converted: list[Any] = []
     bad: list[int] = []
@@ -333,7 +138,7 @@ def _scalars(table: _Table, name: str, convert: Callable[[object], Any], wanted:
     return converted
 
 
-def _names(table: _Table, name: str) -> list[str]:
+def _names(table: Table, name: str) -> list[str]:
     return _scalars(table, name, _scalar, "a single value")
 
 
@@ -343,7 +148,7 @@ def _label(value: object) -> str | None:
     return found.lower() if found is not None and found.lower() in ("true", "false") else found
 
 
-def _labels(table: _Table, name: str, multi_label: bool, separator: str) -> list[Any]:
+def _labels(table: Table, name: str, multi_label: bool, separator: str) -> list[Any]:
     def many(value: object) -> list[str] | None:
         if isinstance(value, str):
             parts: list[Any] = [part for part in value.split(separator) if part.strip()]
@@ -363,7 +168,7 @@ def _labels(table: _Table, name: str, multi_label: bool, separator: str) -> list
     return _scalars(table, name, many, "a list of labels without gaps")
 
 
-def _spans(table: _Table, name: str, texts: list[str]) -> list[list[dict[str, Any]]]:
+def _spans(table: Table, name: str, texts: list[str]) -> list[list[dict[str, Any]]]:
     result: list[list[dict[str, Any]]] = []
     bad: list[int] = []
     for row, (value, text) in enumerate(zip(table.values(name), texts, strict=True)):
@@ -407,16 +212,28 @@ def normalised_text(text: str) -> str:
 def unit_hash(unit: str, salt: str = "") -> str:
     """12 hex characters that name a unit in messages.
 
-    Guarantee: hides the value only as far as it cannot be guessed: short record numbers can be enumerated, so whatever
-    leaves the machine must use a secret `salt`.
+    Guarantee: hides the value only as far as the salt is secret, since short record numbers can be enumerated. Messages
+    use `unit_salt` of the records: `unit_hash(unit, unit_salt(train))` tells their holder which unit is meant.
     """
     return _digest(salt, unit)[:12]
 
 
+def unit_salt(records: Dataset) -> str:
+    """A salt for `unit_hash` that only a holder of the records can compute.
+
+    Not `data_fingerprint`, which stands in run.json and in certificates; neither can be computed from the other.
+    """
+    return _digest("unit_salt", *_row_digests(records))
+
+
 def data_fingerprint(records: Dataset) -> str:
     """SHA-256 of the records' (unit, record_id, text), independent of their order; repeated records count."""
+    return _digest(*_row_digests(records))
+
+
+def _row_digests(records: Dataset) -> list[str]:
     rows = zip(records["unit"], records["record_id"], records["text"], strict=True)
-    return _digest(*sorted(_digest(*row) for row in rows))
+    return sorted(_digest(*row) for row in rows)
 
 
 def _digest(*parts: str) -> str:
@@ -504,12 +321,14 @@ def check_disjoint(train: Dataset, heldout: Dataset, *, names: tuple[str, str] =
     """Raise InputError if a unit or a normalised text stands in both: every membership figure would be wrong.
 
     Placeholder units ("record-<row>") are not compared: the same row number of two files is not the same patient.
+    The message names up to three units by hash; `unit_hash(unit, unit_salt(train))` of each unit finds them again.
     """
     shared_units, shared_texts = _overlap(train, heldout)
     units = Counter(unit for unit in shared_units if unit is not None)
     if not units and not any(shared_texts):
         return
-    first = ", ".join(unit_hash(unit) for unit in list(units)[:3])
+    salt = unit_salt(train)
+    first = ", ".join(unit_hash(unit, salt) for unit in list(units)[:3])
     raise InputError(
         f"{names[0]} and {names[1]} share {len(units)} units{f' (hashes {first})' if first else ''} and "
         f"{sum(shared_texts)} records of {names[1]} have a text of {names[0]}: set the recipe key data.on_overlap to "
@@ -527,3 +346,27 @@ def drop_overlap(train: Dataset, heldout: Dataset) -> tuple[Dataset, int]:
     if not kept:
         raise InputError("every heldout record shares its patient or its text with train: split with split_by_unit")
     return heldout.select(kept, keep_in_memory=True), len(heldout) - len(kept)
+
+
+def apart(kept: Dataset, other: Dataset, names: tuple[str, str], drop: bool) -> tuple[Dataset, int]:
+    """`other` without what it shares with `kept`, and how many records that were.
+
+    Raises: InputError as `check_disjoint` if not `drop`; as `drop_overlap` if nothing would be left.
+    """
+    if drop:
+        return drop_overlap(kept, other)
+    check_disjoint(kept, other, names=names)
+    return other, 0
+
+
+def check_labels(records: Dataset | None, known: Sequence[str], *, name: str) -> None:
+    """Raise InputError if a label of these records is in no training record: a model could never say it."""
+    if records is None or "label" not in records.column_names:
+        return
+    labels = {one for label in records["label"] for one in ([label] if isinstance(label, str) else label)}
+    unknown = labels - set(known)
+    if unknown:
+        raise InputError(
+            f"{name}: {len(unknown)} of its labels are in no training record; drop those records, or split anew with "
+            "split_by_unit"
+        )

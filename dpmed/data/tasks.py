@@ -182,7 +182,7 @@ def encode(records: Dataset, tokenizer: PreTrainedTokenizerBase, spec: TaskSpec)
     has_label = bool(spec.labels) and "label" in records.column_names
     prompt = tokenizer(spec.prompt, add_special_tokens=False)["input_ids"] if spec.kind == "causal_lm" else []
     options = label_option_ids(tokenizer, spec) if spec.kind == "causal_lm" and spec.labels else []
-    end = [tokenizer.eos_token_id] if spec.kind == "causal_lm" and tokenizer.eos_token_id is not None else []
+    end: list[Any] = [tokenizer.eos_token_id] if spec.kind == "causal_lm" and tokenizer.eos_token_id is not None else []
     longest = max((len(o) for o in options), default=0) + (len(prompt) if options else 0) + len(end)
     budget = spec.max_length - len(before) - len(after) - longest
     if budget < 1:
@@ -201,7 +201,7 @@ def encode(records: Dataset, tokenizer: PreTrainedTokenizerBase, spec: TaskSpec)
         if options and isinstance(label, int):
             tail = prompt + options[label] + end
         ids, offsets = tokens["input_ids"][row], tokens["offset_mapping"][row]
-        words = tokens.encodings[row].word_ids if spec.kind == "masked_lm" else []
+        words = tokens.word_ids(row) if spec.kind == "masked_lm" else []
         n_windows = max(1, math.ceil(len(ids) / budget))
         for window in range(n_windows):
             cut = slice(window * budget, (window + 1) * budget)

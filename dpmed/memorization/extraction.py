@@ -96,7 +96,7 @@ def identifier_extraction(scores: TokenScores, encoded: EncodedRecords) -> Ident
     """Which known identifiers the model completes token by token, given the true text before (masked_lm: around) them.
 
     A masked identifier is masked as a whole, so that no part of it gives away the rest.
-    Reference: Carlini et al. 2021 for names and numbers; arXiv 2507.21009 reports it as fill-mask accuracy.
+    Reference: Carlini et al. 2021 for names and numbers; arXiv 2501.02407 has it as fill-mask accuracy.
     """
     starts, _ = text_starts(encoded)
     units = record_units(encoded)

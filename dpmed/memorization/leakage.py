@@ -20,7 +20,7 @@ def identifier_figures(hits: IdentifierHits, *, bootstrap: int = 1000, seed: int
 
     Returns: `identifier_extraction_rate` and `identifier_extraction` {type: rate} over planted and known identifiers;
     `identifier_extraction_pattern` and `identifier_extraction_indirect` for the two other sources.
-    Reference: arXiv 2507.21009 (identifiers of discharge letters); the causal counterpart of its fill-mask accuracy.
+    Reference: the causal counterpart of arXiv 2501.02407's fill-mask accuracy on identifiers.
     """
 
     def rate(chosen: np.ndarray, reason: str) -> Figure:

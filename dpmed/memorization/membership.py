@@ -179,7 +179,7 @@ def attack_figures(sides: Sides, fprs: Sequence[float], *, bootstrap: int = 1000
 
 def _measure(value: float, interval: tuple[float, float], n: int, n_cases: int, extra: dict[str, float]) -> Measure:
     low, high = interval if interval[0] < interval[1] else wilson(value * n_cases, n_cases)
-    return Measure(value, low, high, n, "worse", extra)
+    return Measure(value, min(low, value), max(high, value), n, "worse", extra)
 
 
 def _thinned(fpr: np.ndarray, tpr: np.ndarray) -> tuple[list[float], list[float]]:

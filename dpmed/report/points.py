@@ -17,6 +17,9 @@ from dpmed.errors import InputError
 
 Point = dict[str, Any]
 
+LEAK_KEYS = ("identifier_extraction_rate", "extraction_rate")
+"""What the frontier may be drawn against, the preferred first."""
+
 _SEED_SUFFIX = re.compile(r"-s\d+$")
 
 
@@ -64,6 +67,13 @@ def measured_value(point: Point, dotted: str) -> float | None:
     """The finite value of the measured figure at `dotted`, or None."""
     figure = lookup(point, dotted)
     return finite(figure.get("value")) if isinstance(figure, dict) else None
+
+
+def chosen_leak(points: Sequence[Point]) -> str:
+    """The first of `LEAK_KEYS` that some point other than the base model has a value for; the first of all if none."""
+    tuned = [point for point in points if point.get("method") != "base"]
+    found = (key for key in LEAK_KEYS if any(measured_value(p, f"memorization.{key}") is not None for p in tuned))
+    return next(found, LEAK_KEYS[0])
 
 
 def non_dominated(

