@@ -119,17 +119,18 @@ def run_frontier(recipe: Recipe, output_dir: Path, *, jobs: int = 1, resume: boo
         build_report([output_dir], output_dir)
     if failed:
         first = failed[0]
+        others = "the report shows the others, " if frontier["points"] else ""
         raise DpmedError(
             f"{len(failed)} of {len(todo)} runs failed, first {first['name']}: {first['reason']};"
-            f" the report shows the others, --resume runs the failed ones again"
+            f" {others}--resume runs the failed ones again"
         )
     return frontier
 
 
 def _check_data(recipe: Recipe, todo: Sequence[Job]) -> dict[str, int]:
     """Read the records once and refuse impossible budgets, before any model loads."""
-    from dpmed.pipeline import load_splits, split_counts
     from dpmed.privacy.plan import PrivacyPlan
+    from dpmed.splits import load_splits, split_counts
 
     private = [job.recipe.privacy for job in todo if job.method == "dp_lora"]
     splits = load_splits(recipe.data, require_unit=bool(private))

@@ -7,18 +7,16 @@ import gc
 import resource
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from dpmed.data.records import apart, check_labels, data_fingerprint, load_records
-from dpmed.data.tasks import TaskSpec, label_names
+from dpmed.data.records import check_labels, data_fingerprint
+from dpmed.data.tasks import TaskSpec
 from dpmed.environment import device, versions
 from dpmed.errors import InputError
 from dpmed.memorization.evaluator import MemorizationEvaluator
@@ -36,6 +34,7 @@ from dpmed.runs import (
     write_json,
     write_text,
 )
+from dpmed.splits import Splits, load_splits, split_counts, task_spec
 from dpmed.trainers import METHODS, DPLoRATrainer, DPLoRATrainingConfig, SANITrainingConfig
 from dpmed.trainers.base import DpmedTrainer, MetricsFile, TrainingConfig
 from dpmed.trainers.dp_lora import plan_for
@@ -47,65 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dpmed.privacy.plan import PrivacyPlan
-    from dpmed.recipe import DataSection, Recipe
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The records of one run. `n_overlap` held-out records were dropped because they are also in train."""
-
-    train: Dataset
-    heldout: Dataset | None
-    validation: Dataset | None
-    n_overlap: int
-
-
-def load_splits(data: DataSection, *, require_unit: bool) -> Splits:
-    """Load train, held-out and validation records and make sure that no patient or text is on two sides.
-
-    Raises: InputError as `load_records` and `apart` do.
-    """
-
-    def read(source: str, split: str) -> Dataset:
-        return load_records(
-            source,
-            text=data.text,
-            label=data.label,
-            unit=data.unit,
-            record_id=data.record_id,
-            identifiers=data.identifiers,
-            multi_label=data.multi_label,
-            split=split,
-            require_unit=require_unit,
-        )
-
-    train = read(data.train, "train")
-    heldout = read(data.heldout, "test") if data.heldout else None
-    validation = read(data.validation, "validation") if data.validation else None
-    drop, dropped = data.on_overlap == "drop", 0
-    if heldout is not None:
-        heldout, dropped = apart(train, heldout, ("train", "heldout"), drop)
-    if validation is not None:  # thresholds of a DP run come from it, so no patient of train may be in it
-        validation, _ = apart(train, validation, ("train", "validation"), drop)
-        if heldout is not None:
-            validation, _ = apart(heldout, validation, ("heldout", "validation"), drop)
-    return Splits(train, heldout, validation, dropped)
-
-
-def task_spec(recipe: Recipe, train: Dataset) -> TaskSpec:
-    """The task of a recipe, with the labels of its training records."""
-    data = recipe.data
-    return TaskSpec(
-        kind=recipe.task,
-        labels=label_names(train),
-        multi_label=data.multi_label,
-        max_length=data.max_length,
-        prompt=data.prompt,
-        loss_on=data.loss_on,
-        completion_weight=data.completion_weight,
-        pooling=recipe.model.pooling,
-        mask_probability=data.mask_probability,
-    )
+    from dpmed.recipe import Recipe
 
 
 def train(
@@ -118,7 +59,7 @@ def train(
     base_scores: Path | None = None,
     method_name: str | None = None,
 ) -> dict[str, Any]:
-    """Run one recipe into a run folder; see `../runs.py` for when it counts as finished.
+    """Run one recipe into a run folder; see `dpmed.runs` for when it counts as finished.
 
     Args:
         recipe: what to run.
@@ -133,6 +74,7 @@ def train(
     Raises: InputError before anything is written, where the input cannot be used.
     """
     check_recipe(recipe)
+    disable_progress_bar()
     if resume and is_finished(output_dir):
         check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=True)
         return read_json(output_dir / RUN_FILE)
@@ -405,6 +347,7 @@ def evaluate(
 
     Returns: what stands in evaluation.json.
     """
+    disable_progress_bar()
     if resume and is_finished(output_dir):
         check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=False)
         return read_json(output_dir / "evaluation.json")
@@ -451,15 +394,6 @@ def _open_run(
     write_text(output_dir / "recipe.yaml", dump_recipe(recipe))
     write_json(output_dir / RUN_FILE, record)
     return record
-
-
-def split_counts(splits: Splits) -> dict[str, int]:
-    """How many records and patients each side has."""
-    counts: dict[str, int] = {}
-    for side, records in (("train", splits.train), ("heldout", splits.heldout)):
-        if records is not None:
-            counts |= {f"n_{side}_records": len(records), f"n_{side}_units": len(set(records["unit"]))}
-    return counts
 
 
 def peak_memory_bytes() -> int:

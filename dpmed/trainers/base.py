@@ -127,6 +127,8 @@ class DpmedTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(target))
         write_task_card(target, self.spec)
+        for file in target.iterdir():
+            file.chmod(0o600)  # weights derive from patients' records
         return target
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
