@@ -204,9 +204,11 @@ class DPLoRATrainer(LoRATrainer):
         self._last_rate = self._get_learning_rate()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """Writes the plan first: transformers' last file makes the checkpoint a whole one, so it must find the plan."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (folder / PLAN_FILE).write_text(json.dumps(self.plan.to_dict()) + "\n", encoding="utf-8")
+        super()._save_checkpoint(model, trial)
 
     def _checkpoint(self, given: str | Path | bool) -> str:
         """The checkpoint to resume from, which must be of the same plan; True means the folder's last one."""
