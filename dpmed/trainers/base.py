@@ -13,9 +13,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from dpmed.data.batches import Batch, Collator, per_record_loss
+from dpmed.data.batches import Batch, Collator, SimilarLengths, per_record_loss
 from dpmed.data.records import load_records
 from dpmed.data.tasks import EncodedRecords, Example, Targets, TaskKind, TaskSpec, encode, label_names
 from dpmed.errors import InputError
@@ -131,9 +130,8 @@ class DpmedTrainer(Trainer):
             file.chmod(0o600)  # weights derive from patients' records
         return target
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        """Random order in groups of similar length: less padding, same records per epoch."""
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=self.train_dataset.lengths)
+    def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
+        return SimilarLengths(self.train_dataset.lengths, self.args.train_batch_size)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: seconds and tokens are what dpmed reports."""
