@@ -214,6 +214,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
         "weight_decay": training.weight_decay,
         "seed": training.seed,
         "bf16": training.bf16,
+        "head_learning_rate": training.head_learning_rate,
         "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "steps",
         "save_steps": max(1, round(training.save_every * per_epoch)),

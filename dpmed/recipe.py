@@ -112,6 +112,8 @@ class TrainingSection:
     """Passes over the records (dp_lora: expected passes over the patients)."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of a classification head, which starts from nothing; null takes learning_rate."""
     batch_size: int = 16
     """Windows per step (dp_lora: see privacy.expected_batch_units)."""
     lr_scheduler_type: str = "linear"

@@ -118,6 +118,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "training.weight_decay": _NOT_NEGATIVE,
     "training.seed": _NOT_NEGATIVE,
     "training.save_every": _POSITIVE,
+    "training.head_learning_rate": _POSITIVE,
     "evaluation.prefix_tokens": _COUNT,
     "evaluation.suffix_tokens": _COUNT,
     "evaluation.fpr": _OPEN_SHARE,

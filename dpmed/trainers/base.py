@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
 
 NUMBERS_ONLY = (int, float)
+HEADS = ("classifier", "score")
+"""Names of sequence-classification heads in transformers; freshly made, so they must be trained in full."""
 
 
 @dataclass
@@ -36,6 +38,7 @@ class TrainingConfig(TrainingArguments):
     text_column: str = field(default="text", metadata={"help": "column with the text"})
     label_column: str | None = field(default=None, metadata={"help": "column with the label or labels"})
     unit_column: str | None = field(default=None, metadata={"help": "column with the patient, the unit of privacy"})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "of a classification head"})
     save_strategy: str = field(default="no", metadata={"help": "checkpoints hold weights of unfinished runs"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "dpmed's collator reads its own examples"})
     report_to: str | list[str] = field(default="none", metadata={"help": "no tracker unless asked"})
@@ -108,6 +111,20 @@ class DpmedTrainer(Trainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         loss = per_record_loss(outputs.logits, inputs, self.spec).mean()
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of `args`, with a rate of its own for a classification head where one is set."""
+        if self.optimizer is None and self.args.head_learning_rate is not None:
+            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            heads = [p for n, p in named if not set(HEADS).isdisjoint(n.split("."))]
+            if not heads:
+                raise InputError("training.head_learning_rate: the model has no classification head; set it to null")
+            rest = [p for n, p in named if set(HEADS).isdisjoint(n.split("."))]
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            decay = {"weight_decay": self.args.weight_decay}
+            groups = [{"params": rest, **decay}, {"params": heads, "lr": self.args.head_learning_rate, **decay}]
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -12,13 +12,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from dpmed.data.tasks import EncodedRecords, TaskKind, TaskSpec
 from dpmed.errors import InputError
 from dpmed.models import fresh_modules
-from dpmed.trainers.base import DpmedTrainer, TrainingConfig
+from dpmed.trainers.base import HEADS, DpmedTrainer, TrainingConfig
 
 if TYPE_CHECKING:
     from torch import nn
-
-HEADS = ("classifier", "score")
-"""Names of sequence-classification heads in transformers; freshly made, so they must be trained in full."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny_models
-from dpmed.data.batches import Batch, Collator, pad_token_id, per_record_loss
+from dpmed.data.batches import Batch, Collator, SimilarLengths, pad_token_id, per_record_loss
 from dpmed.data.tasks import Example, TaskSpec, encode
 
 TOKENIZER = tiny_models.make_tokenizer()
@@ -288,3 +288,25 @@ def test_padding_does_not_change_the_loss() -> None:
     assert n < batch["input_ids"].shape[1]
     short = per_record_loss(logits[1:2, :n], alone, task)
     assert torch.allclose(short[0], per_record_loss(logits, batch, task)[1])
+
+
+@given(st.lists(st.integers(1, 300), max_size=400), st.integers(1, 9), st.integers(0, 5))
+def test_similar_lengths_yields_every_record_once(lengths: list[int], batch_size: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    sampler = SimilarLengths(lengths, batch_size)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(lengths)
+
+
+def test_similar_lengths_saves_padding_without_running_from_long_to_short() -> None:
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 200, (800,)).tolist()
+    order = list(SimilarLengths(lengths, 8))
+    batches = [[lengths[i] for i in order[k : k + 8]] for k in range(0, 800, 8)]
+    padded = sum(8 * max(batch) for batch in batches)
+    shuffled = sum(8 * max(lengths[k : k + 8]) for k in range(0, 800, 8))
+    assert padded < 0.7 * shuffled
+    means = torch.tensor([sum(batch) / 8 for batch in batches])
+    assert abs(float(torch.corrcoef(torch.stack([torch.arange(100.0), means]))[0, 1])) < 0.4
+    falls = float((means[1:] < means[:-1]).float().mean())
+    assert 0.3 < falls < 0.7  # a group that runs from long to short would nearly always fall

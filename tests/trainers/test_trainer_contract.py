@@ -287,6 +287,24 @@ def test_a_task_with_labels_needs_their_column(tmp_path: Path, bases: Path) -> N
             make_trainer("full", case, bases, tmp_path, label_column=None)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "dp_lora"])
+def test_a_head_may_learn_at_its_own_rate(method: str, tmp_path: Path, bases: Path) -> None:
+    case = "several labels, mean pooling"
+    trainer = make_trainer(method, case, bases, tmp_path, learning_rate=1e-4, head_learning_rate=5e-2)
+    optimizer = trainer.create_optimizer()
+    names = {id(p): name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(names.values())
+    assert {rate for name, rate in rates.items() if "classifier" in name} == {5e-2}
+    assert {rate for name, rate in rates.items() if "classifier" not in name} == {1e-4}
+
+
+def test_a_head_rate_without_a_head_is_refused(tmp_path: Path, bases: Path) -> None:
+    trainer = make_trainer("full", "causal", bases, tmp_path, head_learning_rate=5e-2)
+    with pytest.raises(InputError, match="no classification head"):
+        trainer.create_optimizer()
+
+
 def test_a_tokenizer_is_required(tmp_path: Path) -> None:
     trainer, config = METHODS["full"]
     with pytest.raises(InputError, match="processing_class"):
