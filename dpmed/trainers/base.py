@@ -114,7 +114,8 @@ class DpmedTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with a rate of its own for a classification head where one is set."""
-        if self.optimizer is None and self.args.head_learning_rate is not None:
+        rate = getattr(self.args, "head_learning_rate", None)
+        if self.optimizer is None and rate is not None:
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             heads = [p for n, p in named if not set(HEADS).isdisjoint(n.split("."))]
             if not heads:
@@ -122,7 +123,7 @@ class DpmedTrainer(Trainer):
             rest = [p for n, p in named if set(HEADS).isdisjoint(n.split("."))]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = {"weight_decay": self.args.weight_decay}
-            groups = [{"params": rest, **decay}, {"params": heads, "lr": self.args.head_learning_rate, **decay}]
+            groups = [{"params": rest, **decay}, {"params": heads, "lr": rate, **decay}]
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
 
