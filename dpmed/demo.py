@@ -31,7 +31,4 @@ def run_demo(output_dir: Path, *, preset: Preset = "quick", jobs: int = 2, resum
 
     Returns: what stands in frontier.json.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     return run_frontier(demo_recipe(demo_base_model(), preset=preset), output_dir, jobs=jobs, resume=resume)

@@ -206,7 +206,7 @@ def _batches(tokenizer: PreTrainedTokenizerFast, texts: list[str], settings: Dem
     rng = random.Random(settings.seed)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     findings = [
-        sum(start < text.index(hospital.IMPRESSION) for start, _ in offsets)
+        sum(start < text.index(hospital_text.IMPRESSION) for start, _ in offsets)
         for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)
     ]
     for _ in range(settings.epochs):

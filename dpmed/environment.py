@@ -30,6 +30,7 @@ OFFLINE = {
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars too; dpmed shows its own
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns, and may hang, when a data loader forks
 }

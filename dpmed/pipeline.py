@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
-from transformers.utils.logging import disable_progress_bar
 
 from dpmed.data.records import check_labels, data_fingerprint
 from dpmed.data.tasks import TaskSpec
@@ -74,7 +73,6 @@ def train(
     Raises: InputError before anything is written, where the input cannot be used.
     """
     check_recipe(recipe)
-    disable_progress_bar()
     if resume and is_finished(output_dir):
         check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=True)
         return read_json(output_dir / RUN_FILE)
@@ -348,7 +346,6 @@ def evaluate(
 
     Returns: what stands in evaluation.json.
     """
-    disable_progress_bar()
     if resume and is_finished(output_dir):
         check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=False)
         return read_json(output_dir / "evaluation.json")

@@ -24,6 +24,7 @@ from dpmed.data.hospital_text import (
     HEADERS,
     HOBBIES,
     IDENTIFIER_FIELDS,
+    IMPRESSION,
     IMPRESSIONS,
     OCCUPATIONS,
     SLOTS,
@@ -121,8 +122,9 @@ def make_hospital(
             the impression, that names the disease group.
 
     Returns: a Dataset in memory with text, label (one of `HOSPITAL_LABELS`), unit, record_id, identifiers.
-    Guarantee: `text[start:end]` is the planted value for each identifier, which stands once in its note; no note names
-        a disease or a label; no identifier value of a private hospital is used by a public one, whatever the seeds.
+    Guarantee: `text[start:end]` is the planted value for each identifier, which stands once in its note; no private
+        note names a disease or a label; no identifier value of a private hospital is used by a public one, whatever
+        the seeds.
     Raises: InputError if the numbers make no hospital.
     """
     from datasets import Dataset
@@ -261,12 +263,7 @@ def _age(birth: date, on: date) -> int:
     return on.year - birth.year - ((on.month, on.day) < (birth.month, birth.day))
 
 
-IMPRESSION = "\nImpression:"
-"""What opens the last line of a public note."""
-
 _PARTS = {"train": 0.7, "heldout": 0.3}
-SOURCE_SCHEME = "hospital:"
-"""Sources that start so are made in memory instead of read: "hospital:train?n_patients=600&seed=7"."""
 
 
 def hospital_records(source: str) -> Dataset:
@@ -278,8 +275,9 @@ def hospital_records(source: str) -> Dataset:
     Raises: InputError if the source does not read so.
     """
     from dpmed.data.records import split_by_unit
+    from dpmed.data.sources import HOSPITAL
 
-    part, _, query = source.removeprefix(SOURCE_SCHEME).partition("?")
+    part, _, query = source.removeprefix(HOSPITAL).partition("?")
     try:
         options = {key: int(value) for key, value in (pair.split("=") for pair in query.split("&"))}
         records = make_hospital(n_patients=options.pop("n_patients"), seed=options.pop("seed"))

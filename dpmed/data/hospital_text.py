@@ -31,6 +31,7 @@ FORBIDDEN_WORDS = frozenset(word for pair in DISEASES.items() for text in pair f
 
 # The last line of a public note names the group, which is how the base model learns to read findings. The private
 # hospital writes no such line, and asks for the group by another prompt.
+IMPRESSION = "\nImpression:"
 IMPRESSIONS = {
     "heart": ("heart, weak pump with fluid overload", "heart, congested circulation"),
     "lung": ("lung, airway infection on one side", "lung, infected airspace"),

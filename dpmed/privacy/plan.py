@@ -19,7 +19,7 @@ ACCOUNTANT = "pld+prv"
 NOT_COVERED = (
     "the number of units, and so the sampling rate, is treated as public",
     "hyper-parameter trials, early stopping and the choice of a checkpoint by private data are not charged",
-    "what the pretrained base model had already seen",
+    "what the model that training starts from, base or adapter, had already seen",
     "labels made from private text by a teacher model",
     "floating-point attacks on the noise; the random generators are not cryptographic",
     "the names and the number of the labels, which are read from the training records",

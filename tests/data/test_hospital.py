@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from dpmed.data import hospital
-from dpmed.data.hospital import HOSPITAL_LABELS, IMPRESSION, make_hospital
-from dpmed.data.hospital_text import DISEASES, FINDINGS, FORBIDDEN_WORDS
+from dpmed.data.hospital import HOSPITAL_LABELS, make_hospital
+from dpmed.data.hospital_text import DISEASES, FINDINGS, FORBIDDEN_WORDS, IMPRESSION
 from dpmed.errors import InputError
 
 
