@@ -163,7 +163,7 @@ def test_the_certificate_names_all_that_it_rests_on_and_is_json():
     assert {key: spent[key] for key in expected} == expected
     assert "why" not in spent
     text = " ".join(spent["not_covered"])
-    for gap in ("number of units", "hyper-parameter", "checkpoint", "base model", "teacher"):
+    for gap in ("number of units", "hyper-parameter", "checkpoint", "training starts from", "teacher"):
         assert gap in text
 
 
