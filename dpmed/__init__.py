@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpmed.data.tasks import TaskSpec
     from dpmed.frontier import run_frontier
     from dpmed.memorization.evaluator import MemorizationEvaluator
+    from dpmed.privacy.ledger import PrivacyLedger
     from dpmed.privacy.plan import PrivacyPlan
     from dpmed.report.build import build_report
     from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig
@@ -31,6 +32,7 @@ _MODULES = {
     "LoRATrainer": "dpmed.trainers.lora",
     "LoRATrainingConfig": "dpmed.trainers.lora",
     "MemorizationEvaluator": "dpmed.memorization.evaluator",
+    "PrivacyLedger": "dpmed.privacy.ledger",
     "PrivacyPlan": "dpmed.privacy.plan",
     "SANITrainer": "dpmed.trainers.sani",
     "SANITrainingConfig": "dpmed.trainers.sani",
@@ -50,6 +52,7 @@ __all__ = [
     "LoRATrainer",
     "LoRATrainingConfig",
     "MemorizationEvaluator",
+    "PrivacyLedger",
     "PrivacyPlan",
     "SANITrainer",
     "SANITrainingConfig",

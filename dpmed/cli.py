@@ -22,7 +22,7 @@ from typing import Any
 from dpmed import cli_arguments as arguments
 from dpmed import cli_show, environment
 from dpmed.cli_arguments import Parser, is_among
-from dpmed.errors import DpmedError, InputError, fault_line
+from dpmed.errors import DpmedError, InputError, PrivacyError, fault_line
 from dpmed.recipe import Recipe
 
 Result = dict[str, Any]
@@ -216,6 +216,28 @@ def tag(args: argparse.Namespace) -> Result:
     return result
 
 
+def ledger(args: argparse.Namespace) -> Result:
+    from dpmed.privacy.ledger import PrivacyLedger, ledger_path
+
+    path = ledger_path(None) if args.path is None else args.path.expanduser()
+    if path is None:
+        raise InputError("DPMED_LEDGER is 'none', so there is no ledger: name its file behind the command")
+    book = PrivacyLedger(path, create=False)
+    if args.action == "show":
+        return {"ledger": book.path, "datasets": book.datasets()}
+    if args.action == "budget":
+        book.set_budget(args.dataset, epsilon=args.epsilon, delta=args.delta)
+        return {"ledger": book.path, "dataset": args.dataset, "budget": {"epsilon": args.epsilon, "delta": args.delta}}
+    problems = book.verify()
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise PrivacyError(
+            f"{book.path}: {problems[0]}{more}: what was spent is not known; restore the ledger from a backup"
+        )
+    n_entries, head = book.head
+    return {"ledger": book.path, "whole": True, "n_entries": n_entries, "head": head, "unprotected": book.unprotected()}
+
+
 def recipe(args: argparse.Namespace) -> Result:
     from dpmed.recipe_io import load_recipe, shipped_recipes
 
@@ -365,6 +387,12 @@ VERBS: dict[str, Verb] = {
         add=arguments.add_tag,
         show=cli_show.identifiers,
         keys=TAG_KEYS,
+    ),
+    "ledger": Verb(
+        help="What the units of each data set were charged, over all runs; budgets.",
+        run=ledger,
+        add=arguments.add_ledger,
+        show=cli_show.ledger,
     ),
     "recipe": Verb(help="List, copy or check recipes.", run=recipe, add=arguments.add_recipe_verb, show=cli_show.pairs),
     "env": Verb(help="Versions, device, offline state.", run=env, add=arguments.add_env, show=cli_show.pairs),

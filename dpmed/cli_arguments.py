@@ -15,7 +15,8 @@ class Parser(argparse.ArgumentParser):
 
     keys: tuple[str, ...] = ()
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, intermixed: bool = False, **settings: Any) -> None:
+        self.intermixed = intermixed  # an argument that may be left out may also stand behind the flags
         super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> Any:
@@ -31,6 +32,15 @@ class Parser(argparse.ArgumentParser):
         if "model.path" not in keys:  # the verb has shorter flags of its own for what is required
             keys = [key for key in keys if not recipe_keys()[key].required]
         return f"{super().format_help()}\n{recipe_help(keys)}\n"
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.intermixed:  # argparse gives up on it at the first flag
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # what is called now comes back here for each half
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
 
     def option_names(self) -> set[str]:
         return set(self._option_string_actions)
@@ -132,6 +142,25 @@ def add_tag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="csv, jsonl, parquet, or a saved datasets folder")
     _output(parser, resume=False)
     parser.add_argument("--k", type=_at_least_one, default=2, help="a word of fewer than k patients is an identifier")
+
+
+def add_ledger(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="show|verify|budget")
+    shared = [shared_options()]
+    show = actions.add_parser("show", help="data sets, their runs, what was spent, overlaps", parents=shared)
+    verify = actions.add_parser("verify", help="whether an entry was changed or is missing", parents=shared)
+    budget = actions.add_parser(
+        "budget", help="limit what a data set's units may be charged", parents=shared, intermixed=True
+    )
+    budget.add_argument("dataset", metavar="DATASET", help="an id of 'dpmed ledger show', or its beginning")
+    budget.add_argument(
+        "--epsilon", type=float, required=True, metavar="E", help="no unit may exceed it, over all runs"
+    )
+    budget.add_argument("--delta", type=float, required=True, metavar="X", help="at which epsilon is meant")
+    for action in (show, verify, budget):
+        action.add_argument(
+            "path", type=Path, nargs="?", metavar="PATH", help="default: DPMED_LEDGER, or your data folder"
+        )
 
 
 def add_recipe_verb(parser: argparse.ArgumentParser) -> None:

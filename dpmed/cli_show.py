@@ -91,6 +91,66 @@ def identifiers(result: Result) -> None:
     _table(("source", "type", "spans"), rows)
 
 
+def ledger(result: Result) -> None:
+    """The ledger's data sets and runs, whether it is whole, or the budget that was set."""
+    print(f"ledger: {result['ledger']}")
+    if "whole" in result:
+        print(f"whole: {result['n_entries']} entries")
+        print(f"head: {result['head']}")
+        for dataset in result["unprotected"]:
+            print(
+                f"data set {dataset}: no guarantee any more, a run without noise or with a known noise seed was charged"
+            )
+    elif "budget" in result:
+        print(f"data set {result['dataset']}: budget {_budget(result['budget'])}")
+    else:
+        _datasets(result["datasets"])
+
+
+def _datasets(datasets: Sequence[Mapping[str, Any]]) -> None:
+    if not datasets:
+        print("no data set was charged yet")
+    rows = [
+        (
+            dataset["id"],
+            dataset["unit"] or "",
+            str(dataset["n_units"]),
+            str(len(dataset["runs"])),
+            _spent(dataset),
+            _number(dataset["delta"]),
+            _budget(dataset["budget"]),
+            ", ".join(f"{other['dataset']}: {other['n_shared_units']} units" for other in dataset["overlaps"]),
+        )
+        for dataset in datasets
+    ]
+    _table(("data set", "unit", "units", "runs", "epsilon", "delta", "budget", "overlaps"), rows)
+    rows = [
+        (
+            run["run_id"],
+            dataset["id"],
+            f"{run['n_steps']} of {run['n_planned_steps']}",
+            _number(run["noise_multiplier"]),
+            _number(run["sampling_rate"]),
+            _spent(run),
+            _number(run["delta"]),
+        )
+        for dataset in datasets
+        for run in dataset["runs"]
+    ]
+    _table(("run", "data set", "steps", "noise multiplier", "sampling rate", "epsilon", "delta"), rows)
+    for dataset in datasets:
+        if "why" in dataset:
+            print(f"data set {dataset['id']}: {dataset['why']}")
+
+
+def _spent(values: Mapping[str, Any]) -> str:
+    return "no bound" if values["epsilon"] is None else _number(values["epsilon"])
+
+
+def _budget(budget: Mapping[str, Any] | None) -> str:
+    return "" if budget is None else f"epsilon {_number(budget['epsilon'])} at delta {_number(budget['delta'])}"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not rows:
         return

@@ -31,4 +31,6 @@ def run_demo(output_dir: Path, *, preset: Preset = "quick", jobs: int = 2, resum
 
     Returns: what stands in frontier.json.
     """
-    return run_frontier(demo_recipe(demo_base_model(), preset=preset), output_dir, jobs=jobs, resume=resume)
+    recipe = demo_recipe(demo_base_model(), preset=preset)
+    own = {"privacy": {"ledger": str(output_dir / "ledger.sqlite")}}  # made-up patients have no place in the user's
+    return run_frontier(merge(recipe, own), output_dir, jobs=jobs, resume=resume)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from transformers import TrainerCallback
 
 from dpmed.data.records import check_labels, data_fingerprint
@@ -20,6 +19,8 @@ from dpmed.environment import device, versions
 from dpmed.errors import InputError
 from dpmed.memorization.evaluator import MemorizationEvaluator
 from dpmed.models import load_model, load_tokenizer, read_task_card, with_thresholds, write_task_card
+from dpmed.privacy import ranks
+from dpmed.privacy.run_state import STATE_FILE, RunState
 from dpmed.progress import Progress, progress
 from dpmed.recipe_io import check_recipe, dump_recipe
 from dpmed.runs import (
@@ -34,10 +35,9 @@ from dpmed.runs import (
     write_text,
 )
 from dpmed.splits import Splits, load_splits, split_counts, task_spec
-from dpmed.trainers import METHODS, DPLoRATrainer, DPLoRATrainingConfig, SANITrainingConfig
+from dpmed.trainers import DPLoRATrainer, DPLoRATrainingConfig
 from dpmed.trainers.base import DpmedTrainer, MetricsFile, TrainingConfig
-from dpmed.trainers.dp_lora import plan_for
-from dpmed.trainers.lora import lora_config
+from dpmed.training_setup import make_plan, make_trainer, trainer_steps, training_arguments
 from dpmed.utility import utility, validation_thresholds
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def train(
     Raises: InputError before anything is written, where the input cannot be used.
     """
     check_recipe(recipe)
+    if ranks.launched_rank() > 0:
+        return _follow(recipe, output_dir)
     if resume and is_finished(output_dir):
         check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=True)
         return read_json(output_dir / RUN_FILE)
@@ -82,12 +84,12 @@ def train(
         check_labels(records, spec.labels, name=f"data.{part}")  # now, and not after hours of training
     n_units = len(set(splits.train["unit"]))
     args = training_arguments(recipe, output_dir, n_examples=len(splits.train), n_units=n_units)
-    plan = plan_for(args, n_units=n_units, unit=recipe.data.unit or "") if recipe.method == "dp_lora" else None  # type: ignore[arg-type]
+    plan = make_plan(recipe, args, n_units=n_units)
     claim_output_dir(output_dir, resume=resume)
     record = _open_run(output_dir, recipe, splits, resume=resume, name=name, setting=setting)
     record["method"] = method_name or recipe.method
     tokenizer = load_tokenizer(recipe.model.path, revision=recipe.model.revision)
-    weights = output_dir / ("adapter" if recipe.method in ("lora", "dp_lora") else "model")
+    weights = weights_folder(recipe, output_dir)
     if not weights.exists():
         record = _fit(recipe, args, spec, plan, splits, tokenizer, output_dir, weights, record)
     evaluation = evaluate_weights(weights, recipe, splits, base_scores=base_scores)
@@ -95,6 +97,26 @@ def train(
     record |= {"status": "finished"}
     write_json(output_dir / RUN_FILE, record)
     return record
+
+
+def weights_folder(recipe: Recipe, output_dir: Path) -> Path:
+    """Where a run's weights end up."""
+    return output_dir / ("adapter" if recipe.method in ("lora", "dp_lora") else "model")
+
+
+def _follow(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
+    """What ranks above 0 do under torchrun: train with rank 0, write nothing. Rank 0 does all the rest."""
+    if weights_folder(recipe, output_dir).exists():
+        return {"status": "finished by rank 0"}
+    splits = load_splits(recipe.data, require_unit=recipe.method == "dp_lora")
+    n_units = len(set(splits.train["unit"]))
+    args = training_arguments(recipe, output_dir, n_examples=len(splits.train), n_units=n_units)
+    plan = make_plan(recipe, args, n_units=n_units)
+    tokenizer = load_tokenizer(recipe.model.path, revision=recipe.model.revision)
+    trainer = make_trainer(recipe, args, task_spec(recipe, splits.train), plan, splits, tokenizer)
+    checkpoint = last_checkpoint(output_dir)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return {"status": "trained with rank 0"}
 
 
 def _fit(
@@ -110,12 +132,14 @@ def _fit(
 ) -> dict[str, Any]:
     """Train, save weights and certificate, and drop the checkpoints. Returns the run record."""
     started = time.monotonic()
+    checkpoint = last_checkpoint(output_dir)
+    if isinstance(args, DPLoRATrainingConfig) and checkpoint is None:
+        args.run_id = _stopped_run(output_dir, plan)
     trainer = make_trainer(recipe, args, spec, plan, splits, tokenizer)
     (output_dir / "metrics.jsonl").touch(mode=0o600)
     trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl"))
-    checkpoint = last_checkpoint(output_dir)
     with progress(f"train {record['name']}", trainer_steps(trainer)) as bar:
-        trainer.add_callback(_ShowSteps(bar))
+        trainer.add_callback(_ShowSteps(bar, plan))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     record |= {
         "seconds": record["seconds"] + time.monotonic() - started,
@@ -140,6 +164,14 @@ def _fit(
     return record
 
 
+def _stopped_run(output_dir: Path, plan: PrivacyPlan | None) -> str | None:
+    """Id of the DP run by this plan that stopped here before its first whole checkpoint: its charges still count."""
+    if plan is None or not (output_dir / STATE_FILE).is_file():
+        return None
+    state = RunState.read(output_dir)
+    return None if state.plan.differences(plan) else state.run_id
+
+
 def _thresholds(
     trainer: DpmedTrainer, recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, spec: TaskSpec
 ) -> tuple[tuple[float, ...] | None, str | None]:
@@ -155,100 +187,6 @@ def _thresholds(
         return None, None
     found = validation_thresholds(trainer.model, records, tokenizer, spec, batch_tokens=recipe.evaluation.batch_tokens)
     return found, None if found is None else source
-
-
-def make_trainer(
-    recipe: Recipe,
-    args: TrainingConfig,
-    spec: TaskSpec,
-    plan: PrivacyPlan | None,
-    splits: Splits,
-    tokenizer: PreTrainedTokenizerBase,
-) -> DpmedTrainer:
-    """The trainer of a recipe, with its model loaded."""
-    torch.manual_seed(recipe.training.seed)  # heads and adapters that are made fresh follow the run's seed
-    model = load_model(recipe.model.path, spec, revision=recipe.model.revision, merge=recipe.method in ("full", "sani"))
-    if isinstance(model, PeftModel):
-        model.set_adapter(str(model.active_adapter))  # training goes on from it; a loaded adapter comes frozen
-    else:
-        model.requires_grad_(True)  # and so does the base that one was merged into
-    trainer, _ = METHODS[recipe.method]
-    options: dict[str, Any] = {"spec": spec}
-    if recipe.method in ("lora", "dp_lora"):
-        lora = recipe.lora
-        options["peft_config"] = lora_config(
-            model,
-            spec.kind,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            target_modules=lora.target_modules,
-            dropout=lora.dropout,
-        )
-    if plan is not None:
-        options["plan"] = plan
-    return trainer(model, args, splits.train, None, tokenizer, **options)
-
-
-def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_units: int) -> TrainingConfig:
-    """The method's config of a recipe.
-
-    Raises: InputError if `training.extra` names something that transformers.TrainingArguments does not have.
-    """
-    training, privacy, sani = recipe.training, recipe.privacy, recipe.sani
-    _, config = METHODS[recipe.method]
-    per_epoch = (
-        n_units / privacy.expected_batch_units if recipe.method == "dp_lora" else n_examples / training.batch_size
-    )
-    values: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "task": recipe.task,
-        "unit_column": "unit" if recipe.data.unit else None,
-        "label_column": "label" if recipe.data.label else None,
-        "num_train_epochs": training.epochs,
-        "learning_rate": training.learning_rate,
-        "per_device_train_batch_size": training.batch_size,
-        "lr_scheduler_type": training.lr_scheduler_type,
-        "warmup_steps": training.warmup_steps,
-        "weight_decay": training.weight_decay,
-        "seed": training.seed,
-        "bf16": training.bf16,
-        "head_learning_rate": training.head_learning_rate,
-        "use_cpu": not torch.cuda.is_available(),
-        "save_strategy": "steps",
-        "save_steps": max(1, round(training.save_every * per_epoch)),
-        "save_total_limit": 1,
-    }
-    if config is DPLoRATrainingConfig:
-        names = (
-            "target_epsilon",
-            "delta",
-            "clip_norm",
-            "expected_batch_units",
-            "max_records_per_unit",
-            "micro_batch_tokens",
-        )
-        values |= {key: getattr(privacy, key) for key in names}
-    if config is SANITrainingConfig:
-        names = ("erase_fraction", "erase_layers", "identifiers", "k")
-        values |= {key: getattr(sani, key) for key in names}
-    clash = sorted(set(training.extra) & set(values))
-    if clash:
-        raise InputError(f"training.extra.{clash[0]} is set by the recipe's own keys; set it there")
-    try:
-        return config(**values, **training.extra)
-    except TypeError:
-        unknown = [key for key in training.extra if key not in config.__dataclass_fields__]
-        raise InputError(f"training.extra.{unknown[0] if unknown else '?'} is no field of {config.__name__}") from None
-    except ValueError as error:
-        raise InputError(f"training: {error}".splitlines()[0]) from None
-
-
-def trainer_steps(trainer: DpmedTrainer) -> int:
-    """How many steps the trainer will run."""
-    if trainer.args.max_steps > 0:
-        return trainer.args.max_steps
-    per_epoch = -(-len(trainer.train_dataset) // trainer.args.train_batch_size)
-    return int(-(-per_epoch * trainer.args.num_train_epochs // 1))
 
 
 def evaluate_weights(
@@ -402,10 +340,20 @@ def peak_memory_bytes() -> int:
 
 
 class _ShowSteps(TrainerCallback):
-    """Moves the progress bar one step at a time; it prints no values."""
+    """Moves the progress bar one step at a time, with the epsilon spent and planned; it prints no other values."""
 
-    def __init__(self, bar: Progress) -> None:
-        self.bar = bar
+    SECONDS = 10.0  # between two computations of epsilon, which take a fraction of a second
+
+    def __init__(self, bar: Progress, plan: PrivacyPlan | None) -> None:
+        self.bar, self.plan = bar, plan
+        self.stage, self.computed_at = "", time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step, state.max_steps)
+        if self.plan is None:
+            self.bar.update(state.global_step, state.max_steps)
+            return
+        if time.monotonic() - self.computed_at > self.SECONDS:
+            spent, target = self.plan.epsilon_after(state.global_step), self.plan.target_epsilon
+            self.stage = "not private" if spent is None else f"epsilon {spent:.2f} of {target or spent:.2f}"
+            self.computed_at = time.monotonic()
+        self.bar.update_stage(self.stage, state.global_step, state.max_steps)

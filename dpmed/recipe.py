@@ -86,8 +86,21 @@ class PrivacySection:
     """Expected number of patients per step; also the fixed public divisor."""
     max_records_per_unit: int = 4
     """At most so many windows of one patient are drawn per step."""
+    clipping: Literal["norm", "automatic"] = "norm"
+    """norm: scale down to clip_norm what is longer. automatic: scale every patient's gradient to about clip_norm."""
+    engine: Literal["one_pass", "opacus"] = "one_pass"
+    """one_pass: gradients by patient in one backward pass. opacus: by Opacus' hooks, the slower reference."""
+    secure: bool = False
+    """Draws and noise from a cryptographic generator, noise safe against floating-point attacks; slower."""
     micro_batch_tokens: int = 4096
     """Padded tokens per micro-batch; memory only, costs no privacy."""
+    buffer_mib: int = 1024
+    """Memory for the gradients by patient of one micro-batch, in MiB; costs no privacy."""
+    ledger: str | None = None
+    """File that adds up what these patients were charged over all runs; null takes DPMED_LEDGER or the user's data
+    folder; none keeps no ledger."""
+    budget_epsilon: float | None = None
+    """Refuse the run if all runs on these patients together would spend more, at this delta; null sets no limit."""
 
 
 @dataclass

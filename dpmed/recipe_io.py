@@ -108,6 +108,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "privacy.expected_batch_units": _COUNT,
     "privacy.max_records_per_unit": _COUNT,
     "privacy.micro_batch_tokens": _COUNT,
+    "privacy.buffer_mib": _COUNT,
+    "privacy.budget_epsilon": _POSITIVE,
     "sani.erase_fraction": _SHARE,
     "sani.erase_layers": _COUNT,
     "sani.k": _COUNT,

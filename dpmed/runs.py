@@ -80,7 +80,8 @@ def is_finished(folder: Path) -> bool:
 def check_same_recipe(folder: Path, recipe: str, *, weights_may_move: bool) -> None:
     """A run may only go on with the recipe that it was started with: its weights and figures are of that one.
 
-    Paths of records may differ (records are compared by fingerprint), and so may the grid around the run.
+    Paths of records may differ (records are compared by fingerprint), and so may the grid around the run, what only
+    concerns memory, and the ledger (a run refuses one that it was not charged to).
 
     Args:
         folder: the run folder.
@@ -93,7 +94,8 @@ def check_same_recipe(folder: Path, recipe: str, *, weights_may_move: bool) -> N
     if not file.is_file():
         return
     before, now = (_flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), recipe))
-    ignored = {"data.train", "data.heldout", "data.validation"}
+    ignored = {"data.train", "data.heldout", "data.validation", "privacy.ledger", "privacy.budget_epsilon"}
+    ignored |= {"privacy.buffer_mib", "privacy.micro_batch_tokens"}
     if weights_may_move and now.get("model.base"):
         ignored.add("model.path")
     for key in [*now, *before]:
@@ -119,7 +121,28 @@ def replace_folder(partial: Path, final: Path) -> None:
     os.replace(partial, final)
 
 
+WHOLE = "checkpoint_is_whole"
+"""Empty file that is written into a checkpoint last: without it a checkpoint is one that was interrupted."""
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder: transformers writes trainer_state.json last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    """The newest whole checkpoint of a run folder."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / WHOLE).is_file()]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Put all files of a checkpoint on the disk, then mark it as whole."""
+    for file in [*(p for p in checkpoint.rglob("*") if p.is_file()), checkpoint]:
+        _sync(file)
+    (checkpoint / WHOLE).touch(mode=0o600)
+    _sync(checkpoint)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

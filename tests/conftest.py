@@ -28,6 +28,7 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "DPMED_LEDGER": "none",  # a run then keeps its charges in its own folder; tests of the ledger name their own
     }
 )
 

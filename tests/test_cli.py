@@ -102,6 +102,10 @@ def printed(capsys: Captured, *argv: str) -> str:
         (["recipe", "check", "none.yaml"], "none.yaml: no such recipe file"),
         (["tag", "none.jsonl", "--output_dir", "d"], "none.jsonl: file not found"),
         (["tag", "n.jsonl", "--output_dir", "d", "--training.epochs", "1"], "'tag' does not use this key"),
+        (["ledger"], "show|verify|budget"),
+        (["ledger", "show", "none.sqlite"], "none.sqlite: no such privacy ledger"),
+        (["ledger", "verify", "."], "the privacy ledger cannot be read (not a file)"),
+        (["ledger", "budget", "ab", "--epsilon", "1"], "required: --delta"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
@@ -314,7 +318,7 @@ def test_env_and_offline_by_default(capsys: Captured, monkeypatch: pytest.Monkey
 FLAGS = {"train": "--training.learning_rate", "frontier": "--frontier.epsilons"}
 
 
-@pytest.mark.parametrize("verb", [[], *([name] for name in cli.VERBS), ["recipe", "cp"]])
+@pytest.mark.parametrize("verb", [[], *([name] for name in cli.VERBS), ["recipe", "cp"], ["ledger", "budget"]])
 def test_help_of_every_command(capsys: Captured, verb: list[str]) -> None:
     text = printed(capsys, *verb, "--help")
     assert text.startswith("usage: dpmed") and "--json" in text
@@ -327,7 +331,10 @@ def test_help_of_every_command(capsys: Captured, verb: list[str]) -> None:
 HEAVY = ("torch", "transformers", "datasets", "polars", "altair", "jsonargparse", "pandas", "numpy", "rich")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["frontier", "--help"], ["evaluate", "-h"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["train", "--help"], ["frontier", "--help"], ["evaluate", "-h"], ["ledger", "show", "--help"]],
+)
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     code = f"import sys, dpmed.cli; s = dpmed.cli.main({argv!r}); print([m for m in {HEAVY!r} if m in sys.modules], s)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dpmed.errors import InputError, PrivacyError
 from dpmed.privacy import accounting
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dpmed.privacy.clipping import Clipping
     from dpmed.privacy.noise import GaussianNoise
+    from dpmed.privacy.proof import Engine
     from dpmed.privacy.sampling import PoissonUnitSampler
 
+EngineName = Literal["one_pass", "opacus"]
 RELATION = "add or remove one unit"
 ACCOUNTANT = "pld+prv"
 NOT_COVERED = (
@@ -21,7 +26,7 @@ NOT_COVERED = (
     "hyper-parameter trials, early stopping and the choice of a checkpoint by private data are not charged",
     "what the model that training starts from, base or adapter, had already seen",
     "labels made from private text by a teacher model",
-    "floating-point attacks on the noise; the random generators are not cryptographic",
+    "floating-point attacks on the noise, and random generators that are not cryptographic, unless `secure`",
     "the names and the number of the labels, which are read from the training records",
     "the count of units whose gradient was not finite, which the certificate states exactly",
 )
@@ -62,8 +67,12 @@ class PrivacyPlan:
     """What the noise was calibrated to, if it was."""
     neighbouring_relation: str = RELATION
     accountant: str = ACCOUNTANT
-    engine: str = "opacus"
-    """What computes the per-unit gradients; for the record, no influence on the accounting."""
+    clipping: Clipping = "norm"
+    """norm: scale down to C what is longer; automatic: scale every unit's gradient to nearly C (Bu et al. 2023)."""
+    engine: EngineName = "one_pass"
+    """What computes the per-unit gradients; no influence on the accounting."""
+    secure: bool = False
+    """Draws and noise from a cryptographic generator, noise against floating-point attacks; slower."""
     noise_seed: int | None = None
     """For tests only: fixes noise and draws, so the run is not private."""
 
@@ -74,6 +83,11 @@ class PrivacyPlan:
             raise InputError(
                 f"only the relation '{RELATION}' and the accountant '{ACCOUNTANT}' exist: leave both at their defaults"
             )
+        for name, known in (("clipping", ("norm", "automatic")), ("engine", get_args(EngineName))):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} {getattr(self, name)!r} is not known: choose one of {', '.join(known)}")
+        if self.clipping == "automatic" and math.isinf(self.clip_norm):
+            raise InputError("automatic clipping needs a finite clip_norm: set privacy.clip_norm, e.g. 1.0")
 
     @classmethod
     def calibrated(
@@ -87,8 +101,10 @@ class PrivacyPlan:
         target_epsilon: float,
         n_steps: int,
         delta: float | None = None,
+        clipping: Clipping = "norm",
+        engine: EngineName = "one_pass",
+        secure: bool = False,
         noise_seed: int | None = None,
-        engine: str = "opacus",
     ) -> PrivacyPlan:
         """The plan whose noise is just enough for `target_epsilon` after `n_steps` steps.
 
@@ -107,8 +123,10 @@ class PrivacyPlan:
             target_epsilon=target_epsilon,
             n_steps=n_steps,
             delta=delta,
-            noise_seed=noise_seed,
+            clipping=clipping,
             engine=engine,
+            secure=secure,
+            noise_seed=noise_seed,
         )
         noise_multiplier = accounting.calibrate(
             target_epsilon=target_epsilon,
@@ -130,8 +148,10 @@ class PrivacyPlan:
         target_epsilon: float,
         n_steps: int,
         delta: float | None = None,
+        clipping: Clipping = "norm",
+        engine: EngineName = "one_pass",
+        secure: bool = False,
         noise_seed: int | None = None,
-        engine: str = "opacus",
     ) -> PrivacyPlan:
         """`calibrated` before its noise: all its checks and none of its cost, to refuse a budget early. Not private."""
         if n_units < 1:
@@ -146,7 +166,9 @@ class PrivacyPlan:
             n_steps=n_steps,
             delta=float(n_units) ** -1.1 if delta is None else delta,
             target_epsilon=target_epsilon,
+            clipping=clipping,
             engine=engine,
+            secure=secure,
             noise_seed=noise_seed,
         )
         if math.isinf(clip_norm):
@@ -175,8 +197,10 @@ class PrivacyPlan:
         """Whether a run by this plan has a guarantee at all."""
         return self.noise_multiplier > 0 and self.noise_seed is None
 
-    def sampler(self, unit_of_record: Sequence[int]) -> PoissonUnitSampler:
+    def sampler(self, unit_of_record: Sequence[int], *, rank: int = 0, world_size: int = 1) -> PoissonUnitSampler:
         """A new sampler with fresh entropy; `unit_of_record` holds each record's unit, 0 .. n_units - 1.
+
+        With several ranks each draws its own share of the units; together that is one draw.
 
         Raises: PrivacyError if the data has another number of units than the plan: the sampling rate would be wrong.
         """
@@ -187,7 +211,10 @@ class PrivacyPlan:
             sampling_rate=self.sampling_rate,
             max_records_per_unit=self.max_records_per_unit,
             steps_per_pass=self.steps_per_pass,
+            secure=self.secure,
             seed=self.noise_seed,
+            rank=rank,
+            world_size=world_size,
         )
         if sampler.n_units != self.n_units:
             raise PrivacyError(
@@ -195,12 +222,38 @@ class PrivacyPlan:
             )
         return sampler
 
+    def attach(self, model: nn.Module) -> Engine:
+        """The engine that computes per-unit gradients of `model`, attached to it; see its `detach`.
+
+        Raises: PrivacyError if a trainable weight is not covered.
+        """
+        if self.engine == "opacus":
+            from dpmed.privacy.opacus_engine import OpacusEngine
+
+            return OpacusEngine(model)
+        from dpmed.privacy.one_pass import OnePassEngine
+
+        return OnePassEngine(model)
+
+    def clipped_sum(self, unit_gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the units' gradients [u, p], each of L2 norm at most `clip_norm`; and how many were not finite."""
+        from dpmed.privacy.clipping import clipped_sum
+
+        return clipped_sum(unit_gradients, clip_norm=self.clip_norm, clipping=self.clipping)
+
     def noise(self) -> GaussianNoise:
         """A new noise source with fresh entropy, for the sum of clipped gradients: make one per start of a run."""
         from dpmed.privacy.noise import GaussianNoise
 
         std = self.noise_multiplier * self.clip_norm if self.noise_multiplier > 0 else 0.0  # 0 * inf would be NaN
-        return GaussianNoise(std, seed=self.noise_seed)
+        return GaussianNoise(std, seed=self.noise_seed, secure=self.secure)
+
+    def epsilon_after(self, n_steps: int) -> float | None:
+        """Epsilon of `n_steps` steps by the faster accountant, for progress lines; None without a guarantee."""
+        if not self.private:
+            return None
+        run = {"noise_multiplier": self.noise_multiplier, "sampling_rate": self.sampling_rate, "n_steps": n_steps}
+        return accounting.epsilon_curve(**run, deltas=[self.delta])[0][1]
 
     def spent(self, n_steps: int) -> dict[str, Any]:
         """The certificate after `n_steps` steps: JSON-ready. Without a guarantee, epsilon is None and "why" says why.
@@ -227,6 +280,7 @@ class PrivacyPlan:
             "expected_batch_units": self.expected_batch_units,
             "max_records_per_unit": self.max_records_per_unit,
             "clip_norm": self.clip_norm if math.isfinite(self.clip_norm) else None,
+            "clipping": self.clipping,
             "noise_multiplier": self.noise_multiplier,
             "n_steps": n_steps,
             "planned_steps": self.n_steps,
@@ -237,13 +291,29 @@ class PrivacyPlan:
             "epsilon_prv": report and report.epsilon_prv,
             "private": why is None,
             "engine": self.engine,
+            "secure": self.secure,
             "not_covered": list(NOT_COVERED),
         }
         if why is not None:
             certificate["why"] = why
         if report is not None and report.prv_note is not None:
             certificate["prv_note"] = report.prv_note
+        if report is not None:
+            certificate |= self._what_it_means(n_steps)
         return certificate
+
+    def _what_it_means(self, n_steps: int) -> dict[str, Any]:
+        """The rest of the trade-off beside one (epsilon, delta): other deltas, and what an attacker can reach."""
+        from dpmed.privacy.attack_bounds import attack_bounds
+
+        deltas = [delta for exponent in range(1, -4, -1) if (delta := self.delta * 10.0**exponent) < 1]
+        run = {"noise_multiplier": self.noise_multiplier, "sampling_rate": self.sampling_rate, "n_steps": n_steps}
+        curve = accounting.epsilon_curve(**run, deltas=deltas)
+        bounds = attack_bounds([(self.noise_multiplier, self.sampling_rate, n_steps)])
+        return {
+            "epsilon_curve": [{"delta": delta, "epsilon": eps} for delta, eps in curve],
+            "attack_bounds": bounds.to_dict(),
+        }
 
     def _why_not_private(self) -> str | None:
         if self.noise_multiplier == 0:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from dpmed.errors import InputError, PrivacyError
+from dpmed.privacy.entropy import EntropyStream
 
 
 class PoissonUnitSampler:
@@ -17,16 +19,24 @@ class PoissonUnitSampler:
           however many records it has.
         - A drawn unit gives min(its records, `max_records_per_unit`) records, uniformly without replacement.
         - A draw may be empty. It is yielded all the same ([]): the step adds noise, and is charged.
-        - Entropy comes from the operating system when the object is made; no global seed has influence. Each pass goes
-          on with fresh draws, and copying and pickling are refused: a copy would replay them.
+        - Entropy comes from the operating system when the object is made, for `secure` anew for every request and from
+          a cryptographic generator; no global seed has influence. Each pass goes on with fresh draws, and copying,
+          pickling and, unless `secure`, use in a forked process are refused: a copy would replay them.
+        - In data-parallel training every rank makes a sampler of its own over the whole list, and draws only the units
+          with index % world_size == rank, at the same rate. Units are drawn independently of each other, so the union
+          of the ranks' draws is exactly one Poisson draw of all units, without communication.
 
     Args:
         unit_of_record: unit index of each record; every index in 0 .. n_units - 1 occurs.
         sampling_rate: in (0, 1].
         max_records_per_unit: >= 1.
         steps_per_pass: draws in one pass of `__iter__`, >= 1; a pass is a number of steps, not a cover of the data.
-        seed: for tests only: draws are then known to whoever knows the seed.
-    Raises: InputError for values out of range, no records, or units without a record.
+        secure: draw from `EntropyStream` instead of numpy's PCG64.
+        rank: of this process, 0 .. world_size - 1.
+        world_size: processes that train together, >= 1.
+        seed: for tests only: draws are then known to whoever knows the seed. Not with `secure`.
+    Edge cases: with more ranks than units, a rank without a unit yields [] at every step; `n_units` is the total.
+    Raises: InputError for values out of range, no records, units without a record, or a seed for secure draws.
     """
 
     def __init__(
@@ -36,6 +46,9 @@ class PoissonUnitSampler:
         sampling_rate: float,
         max_records_per_unit: int,
         steps_per_pass: int,
+        secure: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
         seed: int | None = None,
     ) -> None:
         units = np.asarray(unit_of_record)
@@ -51,6 +64,10 @@ class PoissonUnitSampler:
             raise InputError(
                 f"max_records_per_unit {max_records_per_unit} and steps_per_pass {steps_per_pass} must be at least 1"
             )
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank must lie in 0 .. world_size - 1, got {rank} of {world_size}: check the launcher")
+        if secure and seed is not None:
+            raise InputError("a seed makes draws that anyone can compute again: leave out noise_seed, or secure")
         if units.min() < 0 or np.bincount(units).min() == 0:
             raise InputError("unit indices must be dense, 0 .. n_units - 1 with a record each: number the units anew")
         self.n_units = int(units.max()) + 1
@@ -59,8 +76,8 @@ class PoissonUnitSampler:
         self.steps_per_pass = int(steps_per_pass)
         self._rows = np.argsort(units, kind="stable")  # record rows, unit by unit
         self._starts = np.searchsorted(units[self._rows], np.arange(self.n_units + 1))
-        # SeedSequence(None) reads OS entropy
-        self._rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+        self._held = np.arange(rank, self.n_units, world_size)  # the units that this rank draws
+        self._uniforms = EntropyStream().uniforms if secure else _fast_uniforms(seed, rank)
 
     def __len__(self) -> int:
         """Number of draws in one pass."""
@@ -72,14 +89,15 @@ class PoissonUnitSampler:
 
     def draw(self) -> list[int]:
         """One Poisson draw: record indices, unit by unit; [] when no unit was drawn."""
-        drawn = np.flatnonzero(self._rng.random(self.n_units) < self.sampling_rate)
+        drawn = self._held[self._uniforms(self._held.size) < self.sampling_rate]
         return [int(row) for unit in drawn for row in self._records_of(int(unit))]
 
     def _records_of(self, unit: int) -> np.ndarray:
         rows = self._rows[self._starts[unit] : self._starts[unit + 1]]
         if len(rows) <= self.max_records_per_unit:
             return rows
-        return self._rng.choice(rows, size=self.max_records_per_unit, replace=False, shuffle=False)
+        # the k smallest of independent uniforms: every set of k is equally likely
+        return rows[np.argpartition(self._uniforms(len(rows)), self.max_records_per_unit)[: self.max_records_per_unit]]
 
     def __reduce_ex__(self, protocol: object) -> str | tuple:
         raise PrivacyError(
@@ -87,8 +105,29 @@ class PoissonUnitSampler:
         )
 
 
+def _fast_uniforms(seed: int | None, rank: int) -> Callable[[int], np.ndarray]:
+    """Numbers in [0, 1) from PCG64: by entropy of the operating system, or for tests by the seed, other for each rank.
+
+    The numbers of a process and of its fork would be the same, so the fork gets a PrivacyError.
+    """
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(rank,))))
+    process = os.getpid()
+
+    def uniforms(n: int) -> np.ndarray:
+        if seed is None and os.getpid() != process:
+            raise PrivacyError("a Poisson sampler in a forked process repeats its parent's draws: make a new one there")
+        return generator.random(n)
+
+    return uniforms
+
+
 def cut_micro_batches(
-    records: Sequence[int], *, units: Sequence[int], lengths: Sequence[int], max_tokens: int
+    records: Sequence[int],
+    *,
+    units: Sequence[int],
+    lengths: Sequence[int],
+    max_tokens: int,
+    max_units: int | None = None,
 ) -> list[list[int]]:
     """Cut one draw into micro-batches that fit in memory.
 
@@ -97,27 +136,31 @@ def cut_micro_batches(
         units: the unit of each of `records`, in the same order.
         lengths: the length of each of `records` in tokens, in the same order.
         max_tokens: padded size (rows x longest record) of a micro-batch, >= 1.
+        max_units: units in a micro-batch, at most: each needs a row of the gradient buffer. None does not limit them.
 
     Returns: the elements of `records`, longest units first (so that memory runs out at once, or not at all).
     Guarantee: each record is in exactly one micro-batch, and all records of a unit are in the same one: a unit in two
         would be clipped twice, with sensitivity 2C. The order within a step does not touch the sum: no privacy cost.
     Edge cases: [] gives []; a unit that is larger than `max_tokens` on its own gets a micro-batch of its own.
-    Raises: InputError if max_tokens < 1; ValueError if the three sequences differ in length.
+    Raises: InputError if max_tokens or max_units < 1; ValueError if the three sequences differ in length.
     """
-    if max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, got {max_tokens}: set it to what the device's memory holds")
+    for name, limit in (("max_tokens", max_tokens), ("max_units", max_units)):
+        if limit is not None and limit < 1:
+            raise InputError(f"{name} must be at least 1, got {limit}: set it to what the device's memory holds")
     by_unit: dict[int, list[tuple[int, int]]] = {}
     for record, unit, length in zip(records, units, lengths, strict=True):
         by_unit.setdefault(unit, []).append((record, length))
     longest = {unit: max(length for _, length in rows) for unit, rows in by_unit.items()}
 
     batches: list[list[int]] = []
-    width = 0  # of the open micro-batch: its first unit has the longest record
+    width = n_units = 0  # of the open micro-batch: its first unit has the longest record
     for unit in sorted(by_unit, key=lambda unit: (-longest[unit], unit)):
         rows = [record for record, _ in by_unit[unit]]
-        if batches and (len(batches[-1]) + len(rows)) * width <= max_tokens:
+        fits = batches and (len(batches[-1]) + len(rows)) * width <= max_tokens
+        if fits and (max_units is None or n_units < max_units):
             batches[-1].extend(rows)
+            n_units += 1
         else:
             batches.append(rows)
-            width = longest[unit]
+            width, n_units = longest[unit], 1
     return batches

@@ -4,6 +4,7 @@ else."""
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from dpmed.data.batches import Batch, Collator, SimilarLengths, per_record_loss
 from dpmed.data.records import load_records
 from dpmed.data.tasks import EncodedRecords, Example, Targets, TaskKind, TaskSpec, encode, label_names
 from dpmed.errors import InputError
 from dpmed.models import write_task_card
+from dpmed.privacy import ranks
+from dpmed.runs import WHOLE, mark_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,6 +66,8 @@ class DpmedTrainer(Trainer):
     """
 
     never_target: Targets | None = None
+    several_devices = False
+    """Whether the method's step is right when several processes share it."""
     model: nn.Module
     train_dataset: EncodedRecords
     data_collator: Callable[[list[Example]], Batch]
@@ -80,8 +86,9 @@ class DpmedTrainer(Trainer):
     ) -> None:
         if processing_class is None:
             raise InputError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise InputError("training on several devices is not supported yet; set CUDA_VISIBLE_DEVICES to one device")
+        if args.n_gpu > 1 or (args.world_size > 1 and not self.several_devices):
+            remedy = "start it with torchrun" if self.several_devices else "set CUDA_VISIBLE_DEVICES to one device"
+            raise InputError(f"this process would train on several devices at once, which is not supported: {remedy}")
         self.spec = spec or _spec_of(args, train_dataset)
         super().__init__(
             model=model,
@@ -148,6 +155,30 @@ class DpmedTrainer(Trainer):
             file.chmod(0o600)  # weights derive from patients' records
         return target
 
+    def checkpoint_folder(self, trial: Any = None) -> Path:
+        """Where the checkpoint of the current step goes."""
+        return Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As transformers does, but older checkpoints are dropped only when this one is whole, and marked as such."""
+        folder, limit = self.checkpoint_folder(trial), self.args.save_total_limit
+        if self.args.should_save:
+            (folder / WHOLE).unlink(missing_ok=True)
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        ranks.wait_for_all()  # each rank has written its random state
+        if self.args.should_save:
+            mark_whole(folder)
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         return SimilarLengths(self.train_dataset.lengths, self.args.train_batch_size)
 
@@ -174,6 +205,34 @@ class MetricsFile(TrainerCallback):
         line |= {k: v for k, v in (logs or {}).items() if isinstance(v, NUMBERS_ONLY)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def public_examples(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[int]]:
+    """Four examples of random tokens for a trial run, and the unit of each: they hold nothing of anybody's records."""
+    rng = random.Random(0)
+    special = set(tokenizer.all_special_ids)
+    ordinary = [i for i in range(len(tokenizer)) if i not in special] or [0]
+    units = [0, 1, 0, 2]
+    examples: list[Example] = []
+    for record, (unit, wanted) in enumerate(zip(units, (11, 5, 7, 14), strict=True)):
+        n = min(wanted, spec.max_length)
+        labels = range(len(spec.labels))
+        label = tuple(rng.sample(labels, k=1)) if spec.multi_label else rng.choice(labels) if labels else None
+        examples.append(
+            Example(
+                record=record,
+                unit=unit,
+                window=0,
+                input_ids=rng.choices(ordinary, k=n),
+                text_start=0,
+                text_end=n if spec.kind != "causal_lm" or label is None else n - 2,
+                prompt_end=n - 1 if label is not None else n,
+                spans=(),
+                words=tuple(range(n)) if spec.kind == "masked_lm" else (),
+                label=label,
+            )
+        )
+    return examples, units
 
 
 def _spec_of(args: TrainingConfig, records: Dataset | EncodedRecords) -> TaskSpec:

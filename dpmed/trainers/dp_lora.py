@@ -6,18 +6,22 @@ thing:
 1. draw patients, each independently with the plan's sampling rate; draw at most `max_records_per_unit` of their
 windows;
 2. cut the draw into padded micro-batches, none of which splits a patient;
-3. per micro-batch: one backward pass, per-record gradients, summed by patient, clipped to `clip_norm`, summed;
-4. add N(0, (noise_multiplier * clip_norm)^2) once, also to an empty draw;
-5. divide by the fixed, public expected number of patients and hand that to the optimiser as the gradient.
+3. per micro-batch: one backward pass, gradients by patient, clipped to `clip_norm`, summed;
+4. with several processes: each draws and clips its own patients; one sum over all;
+5. add N(0, (noise_multiplier * clip_norm)^2) once, also to an empty draw;
+6. divide by the fixed, public expected number of patients and hand that to the optimiser as the gradient.
+
+Steps are charged to the ledger before any weight from them can leave the trainer: before a checkpoint, an evaluation,
+a save, the end of training, and each step where a callback of the user's looks on.
 
 Reference: Abadi et al. 2016 (arXiv 1607.00133); patient-level clipping as in McMahan et al. 2018 (arXiv 1710.06963).
 """
 
 from __future__ import annotations
 
-import json
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,23 +30,32 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from dpmed.data.batches import Batch, per_record_loss
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
 from dpmed.errors import InputError, PrivacyError
-from dpmed.privacy.clipping import OpacusEngine, clipped_sum
-from dpmed.privacy.plan import PrivacyPlan
+from dpmed.privacy import ranks
+from dpmed.privacy.charged_run import ChargedRun
+from dpmed.privacy.clipping import Clipping
+from dpmed.privacy.plan import EngineName, PrivacyPlan
+from dpmed.privacy.proof import prove
+from dpmed.privacy.run_state import STATE_FILE, RunState
 from dpmed.privacy.sampling import cut_micro_batches
-from dpmed.trainers.base import TrainingConfig
+from dpmed.runs import last_checkpoint, write_json, write_text
+from dpmed.trainers.base import TrainingConfig, public_examples
 from dpmed.trainers.lora import LoRATrainer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PLAN_FILE = "privacy_plan.json"
+    from dpmed.privacy.proof import Engine
+
+CERTIFICATE = "privacy.json"
 PRIVATE_LOGS = ("loss", "grad_norm", "train_loss")
 """Log keys that are functions of the private records; they are dropped, since no noise covers them."""
+_OWN_CALLBACKS = ("dpmed.", "transformers.")
 
 
 @dataclass
@@ -52,9 +65,16 @@ class DPLoRATrainingConfig(TrainingConfig):
     target_epsilon: float = field(default=8.0, metadata={"help": "epsilon after all steps"})
     delta: float | None = field(default=None, metadata={"help": "None means n_units ** -1.1"})
     clip_norm: float = field(default=1.0, metadata={"help": "L2 norm to which a patient's gradient is clipped"})
+    clipping: Clipping = field(default="norm", metadata={"help": "norm, or automatic: every gradient to clip_norm"})
     expected_batch_units: int = field(default=64, metadata={"help": "expected patients per step; the public divisor"})
     max_records_per_unit: int = field(default=4, metadata={"help": "windows of one patient per step, at most"})
     micro_batch_tokens: int = field(default=4096, metadata={"help": "padded tokens per micro-batch"})
+    buffer_mib: int = field(default=1024, metadata={"help": "memory for the gradients by patient of a micro-batch"})
+    engine: EngineName = field(default="one_pass", metadata={"help": "one_pass, or opacus: the slower reference"})
+    secure: bool = field(default=False, metadata={"help": "cryptographic draws and noise, float-safe noise"})
+    ledger: str | None = field(default=None, metadata={"help": "a file; None: the user's or DPMED_LEDGER; none: none"})
+    budget_epsilon: float | None = field(default=None, metadata={"help": "what all runs on these patients may spend"})
+    run_id: str | None = field(default=None, metadata={"help": "of the run that goes on without a checkpoint"})
     noise_seed: int | None = field(default=None, metadata={"help": "tests only: fixes noise and draws; not private"})
 
 
@@ -74,6 +94,7 @@ class DPLoRATrainer(LoRATrainer):
     """
 
     args: DPLoRATrainingConfig
+    several_devices = True
 
     def __init__(
         self,
@@ -108,86 +129,193 @@ class DPLoRATrainer(LoRATrainer):
         args.max_steps = self.plan.n_steps
         args.max_grad_norm = 0.0  # clipping is per patient, inside the step
         args.ignore_data_skip = True  # a resumed run draws anew, it never replays
+        # No DistributedDataParallel: it would wait for gradients that the engine withholds. The sum over ranks is ours.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.n_nonfinite = 0
-        self._engine: OpacusEngine | None = None
+        self._engine: Engine | None = None
         self._noise = self.plan.noise()
         self._snapshot: list[Tensor] | None = None
         self._last_rate = 0.0
         self._moved = False
+        self._run: ChargedRun | None = None
+        self._watched = False
 
-    def get_train_dataloader(self) -> DataLoader:
-        """One item is one logical batch, drawn by the plan's own sampler."""
-        sampler = self.plan.sampler(self.train_dataset.unit_of_example)
-        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self._cut)  # type: ignore[arg-type]
+    # --- A run: start, charge, end --------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train for the plan's steps. See `transformers.Trainer.train`; the returned loss is not computed (private).
 
-        Raises: PrivacyError for a checkpoint of another plan, or a second run without one (it would not be charged).
+        A resumed run goes on with weights, optimiser and schedule; draws and noise are fresh. Steps that were charged
+        and lost in a crash are taken off the remaining ones, so that a run never spends more than its plan.
+
+        Raises: PrivacyError for a checkpoint of another run, or a second run without one (it would not be charged);
+            BudgetError if the units' budget does not allow the run, or none of its steps is left.
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
-        elif self.state.global_step > 0:
+        if not resume_from_checkpoint and self.state.global_step > 0:
             raise PrivacyError(
                 "this trainer has run already: its steps are charged once, a second run on the same weights would not"
                 " be; make a new plan for more steps, or resume from a checkpoint"
             )
-        self._engine = OpacusEngine(self.model)
+        checkpoint = self._checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        n_seen = 0 if checkpoint is None else _step_of(checkpoint)
+        run = self._run = self._open(checkpoint, n_seen=n_seen)
+        if run.n_left == 0:
+            return self._as_saved(run, checkpoint)
+        self.args.max_steps = n_seen + run.n_left
+        self._watched = not all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in self.callback_handler.callbacks)
+        engine = self._engine = self._attach()
+        ranks.from_first_rank_(engine.parameters)  # freshly made adapters must be the same everywhere
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            self._prove_movement(self._engine)
+            output = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+            self._prove_movement(engine)
             return output
+        except KeyboardInterrupt:
+            self._keep_what_was_charged()
+            raise
         finally:
-            self._engine.detach()
+            self.charge()
+            engine.detach()
             self._engine = None
+
+    def charge(self) -> None:
+        """Charge all steps begun so far and not charged yet; they are on the disk when this returns.
+
+        The trainer calls it before weights can leave it. Code that takes them elsewhere must call it first.
+
+        Raises: BudgetError, with nothing charged, if a budget would be exceeded.
+        """
+        if self._run is not None:
+            self._run.charge()
+
+    def privacy_spent(self) -> dict[str, Any]:
+        """The certificate of the steps run so far: epsilon, delta, unit, n_units, noise_multiplier, n_steps, ...
+
+        `n_steps` counts steps of this run that were lost in a crash as well: they were charged.
+        """
+        found = self.plan.spent(0) if self._run is None else self._run.certificate()
+        lost = found["n_steps"] - self.state.global_step if self._run is not None else 0
+        return {**found, "n_steps_lost": lost, "n_nonfinite_units": self.n_nonfinite}
+
+    def _open(self, checkpoint: Path | None, *, n_seen: int) -> ChargedRun:
+        """Establish which run this is and what it may still spend."""
+        before = None if checkpoint is None else RunState.read(checkpoint)
+        records = self.train_dataset
+        state = RunState.of(
+            self.plan,
+            data=records.content(),
+            units=records.unit_names,
+            model=self.model,
+            run_id=self.args.run_id if before is None else before.run_id,
+        )
+        if before is not None and checkpoint is not None and (different := state.differences(before)):
+            raise PrivacyError(f"cannot resume {checkpoint.name}: this run differs in {', '.join(different)}")
+        return ChargedRun.open(
+            state,
+            folder=Path(str(self.args.output_dir)),
+            units=records.unit_names,
+            n_seen=n_seen,
+            ledger=self.args.ledger,
+            budget_epsilon=self.args.budget_epsilon,
+            rank=self.args.process_index,
+            device=self.args.device,
+        )
+
+    def _as_saved(self, run: ChargedRun, checkpoint: Path | None) -> TrainOutput:
+        """The end of a run that has no step left: the weights of its last checkpoint."""
+        if checkpoint is None:
+            raise run.nothing_left()
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _keep_what_was_charged(self) -> None:
+        """Save a checkpoint when the user stops a run, so that no charged step is lost."""
+        if self.args.save_strategy != "no" and not ranks.several() and self.state.global_step > 0:
+            self._save_checkpoint(self.model, None)
+
+    # --- A step ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item is one logical batch (this rank's part of it), drawn by the plan's own sampler."""
+        sampler = self.plan.sampler(
+            self.train_dataset.unit_of_example, rank=self.args.process_index, world_size=self.args.world_size
+        )
+        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self._cut)  # type: ignore[arg-type]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One DP step: leaves the noised, averaged gradient in `.grad`. Returns zero, since the loss is private."""
         engine = self._engine
-        if engine is None:
+        if engine is None or self._run is None:
             raise PrivacyError("the privacy engine is not attached; call train()")
+        self._run.begin_step()
         engine.check_unchanged(self.model)
         self._prove_movement(engine)
         model.train()
         total = torch.zeros(engine.n_parameters, dtype=torch.float32, device=self.args.device)
         for examples in inputs:
-            batch: Batch = self._prepare_inputs(self.data_collator(examples))
-            total += self._clipped(model, engine, batch)
-        total += self._noise.draw(engine.n_parameters, device=total.device)
-        engine.write_gradients(total / self.plan.divisor)
+            total += self._clipped(model, engine, examples)
+        engine.write_gradients(self._noised(total) / self.plan.divisor)
+        if self._watched:
+            self.charge()
         return torch.zeros((), device=self.args.device)
 
-    def privacy_spent(self) -> dict[str, Any]:
-        """The certificate of the steps run so far: epsilon, delta, unit, n_units, noise_multiplier, n_steps, ..."""
-        return {**self.plan.spent(self.state.global_step), "n_nonfinite_units": self.n_nonfinite}
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs what does not depend on private records: learning rate, steps, seconds, held-out values."""
-        super().log({k: v for k, v in logs.items() if k not in PRIVATE_LOGS}, start_time)
-
-    def _clipped(self, model: nn.Module, engine: OpacusEngine, batch: Batch) -> Tensor:
+    def _clipped(self, model: nn.Module, engine: Engine, examples: Sequence[Example]) -> Tensor:
         """Clipped sum over the patients of one micro-batch, [p]."""
+        engine.begin([example.unit for example in examples], self.args.device)
         with self.compute_loss_context_manager():
-            outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            losses = per_record_loss(outputs.logits, batch, self.spec)
-        with warnings.catch_warnings():
-            # The first adapters read frozen embeddings, so no input needs a gradient; the hooks use the outputs' alone.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            losses.sum().backward()  # a sum: each record's gradient is its own, whatever the batch
-        total, nonfinite = clipped_sum(engine.unit_gradients(batch["unit"]), clip_norm=self.plan.clip_norm)
-        self.n_nonfinite += nonfinite
+            losses = self._record_losses(model, examples)
+        engine.backward(losses)
+        total, nonfinite = self.plan.clipped_sum(engine.unit_gradients())
+        self.n_nonfinite += int(nonfinite)
         return total
 
+    def _record_losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Loss of each example, [b]."""
+        batch: Batch = self._prepare_inputs(self.data_collator(list(examples)))
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return per_record_loss(outputs.logits, batch, self.spec)
+
+    def _noised(self, total: Tensor) -> Tensor:
+        """This rank's clipped sum [p] to the noised sum over all ranks: one noise, whatever the number of ranks."""
+        if ranks.several() and self.plan.secure:  # its rounding must come after the sum
+            ranks.sum_over_ranks_(total)
+            if self.args.process_index == 0:
+                self._noise.add_(total)
+            ranks.from_first_rank_([total])
+            return total
+        if self.args.process_index == 0:
+            self._noise.add_(total)
+        return ranks.sum_over_ranks_(total)
+
     def _cut(self, examples: list[Example]) -> LogicalBatch:
+        rows = self.args.buffer_mib * 2**20 // (4 * self._engine.n_parameters) if self._engine else 0
         cuts = cut_micro_batches(
             range(len(examples)),
             units=[e.unit for e in examples],
             lengths=[len(e.input_ids) for e in examples],
             max_tokens=self.args.micro_batch_tokens,
+            max_units=max(1, rows),
         )
         return LogicalBatch([[examples[i] for i in cut] for cut in cuts])
 
-    def _prove_movement(self, engine: OpacusEngine) -> None:
+    # --- Proofs ---------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> Engine:
+        """The engine on the model, after a trial on random tokens: its rows are what single patients give."""
+        trial, units = public_examples(self.spec, self.processing_class)
+        batch: Batch = self._prepare_inputs(self.data_collator(trial))  # once: masked words are drawn at random
+        lengths = [len(example.input_ids) for example in trial]
+
+        def losses(records: Sequence[int]) -> Tensor:
+            rows, longest = list(records), max(lengths[i] for i in records)
+            tokens = {"input_ids", "attention_mask", "weights"} | ({"targets"} if "weights" in batch else set())
+            part = {k: v[rows][:, :longest] if k in tokens else v[rows] for k, v in batch.items()}
+            outputs = self.model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+            return per_record_loss(outputs.logits, part, self.spec)
+
+        return prove(lambda: self.plan.attach(self.model), self.model, losses, units=units)
+
+    def _prove_movement(self, engine: Engine) -> None:
         """After the first step with a rate above 0, every covered weight must have moved (Opacus issue 820)."""
         if self._moved:
             return
@@ -203,29 +331,54 @@ class DPLoRATrainer(LoRATrainer):
             self._moved, self._snapshot = True, None
         self._last_rate = self._get_learning_rate()
 
+    # --- What leaves the trainer ----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs what does not depend on private records: learning rate, steps, seconds, held-out values."""
+        shown = {k: v for k, v in logs.items() if k not in PRIVATE_LOGS}
+        super().log(shown if self.plan.private else {**shown, "private": False}, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; its figures tell of the weights, so their steps are charged first."""
+        self.charge()
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.predict`; charges first."""
+        self.charge()
+        return super().predict(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers.Trainer.save_model`; charges first."""
+        self.charge()
+        super().save_model(output_dir, _internal_call)
+
+    def save_weights(self, folder: str | Path) -> Path:
+        """As `DpmedTrainer.save_weights`, with the certificate beside the adapter; charges first."""
+        self.charge()
+        target = super().save_weights(folder)
+        write_json(target / CERTIFICATE, self.privacy_spent())
+        return target
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the plan first: transformers' last file makes the checkpoint a whole one, so it must find the plan."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (folder / PLAN_FILE).write_text(json.dumps(self.plan.to_dict()) + "\n", encoding="utf-8")
+        """Charges first, then writes the run's state, so that a whole checkpoint always has it."""
+        self.charge()
+        if self.args.should_save and self._run is not None:
+            folder = self.checkpoint_folder(trial)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_text(folder / STATE_FILE, self._run.state.to_json())
         super()._save_checkpoint(model, trial)
 
-    def _checkpoint(self, given: str | Path | bool) -> str:
-        """The checkpoint to resume from, which must be of the same plan; True means the folder's last one."""
-        folder = get_last_checkpoint(str(self.args.output_dir)) if given is True else str(given)
+    def _checkpoint(self, given: str | Path | bool) -> Path:
+        """The checkpoint to resume from; True means the output folder's last whole one."""
+        folder = last_checkpoint(Path(str(self.args.output_dir))) if given is True else Path(str(given))
         if folder is None:
             raise InputError(f"there is no checkpoint in {self.args.output_dir}; start without resume_from_checkpoint")
-        self._check_same_plan(Path(folder))
         return folder
 
-    def _check_same_plan(self, checkpoint: Path) -> None:
-        """A resumed run must have the guarantee of the run that was stopped."""
-        file = checkpoint / PLAN_FILE
-        if not file.is_file():
-            raise PrivacyError(f"{checkpoint.name} has no {PLAN_FILE}; it is no checkpoint of a DP run, start anew")
-        different = self.plan.differences(PrivacyPlan.from_dict(json.loads(file.read_text(encoding="utf-8"))))
-        if different:
-            raise PrivacyError(f"cannot resume {checkpoint.name}: the plan differs in {', '.join(different)}")
+
+def _step_of(checkpoint: Path) -> int:
+    return int(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step)
 
 
 def planned_steps(epochs: float, *, n_units: int, expected_batch_units: int) -> int:
@@ -250,6 +403,9 @@ def plan_for(args: DPLoRATrainingConfig, *, n_units: int, unit: str) -> PrivacyP
         target_epsilon=args.target_epsilon,
         delta=args.delta,
         n_steps=steps,
+        clipping=args.clipping,
+        engine=args.engine,
+        secure=args.secure,
         noise_seed=args.noise_seed,
     )
 
@@ -260,12 +416,13 @@ def _refuse_unsafe(args: DPLoRATrainingConfig) -> None:
         raise InputError("dp_lora needs the patient column: set unit_column (recipe: data.unit)")
     refused = {
         "gradient_accumulation_steps": args.gradient_accumulation_steps != 1,
-        "gradient_checkpointing": bool(args.gradient_checkpointing),
         "fp16": bool(args.fp16),
         "load_best_model_at_end": bool(args.load_best_model_at_end),
         "auto_find_batch_size": bool(args.auto_find_batch_size),
         "torch_compile": bool(args.torch_compile),
         "dataloader_num_workers": args.dataloader_num_workers > 0,
+        "neftune_noise_alpha": args.neftune_noise_alpha is not None,  # scaled by the padded length: couples records
+        "use_liger_kernel": bool(args.use_liger_kernel),
     }
     names = [name for name, unsafe in refused.items() if unsafe]
     if names:

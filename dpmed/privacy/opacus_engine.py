@@ -1,0 +1,79 @@
+"""Per-unit gradients by Opacus' hooks: the reference engine, slower and larger than `one_pass`, of other hands."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from opacus.grad_sample import GradSampleHooks
+from torch import Tensor, nn
+
+from dpmed.errors import PrivacyError
+from dpmed.privacy.clipping import sum_by_unit, unit_positions
+from dpmed.privacy.flat import FlatParameters, uses_checkpointing
+
+
+class OpacusEngine(FlatParameters):
+    """Per-record gradients by Opacus' hooks, flattened and summed by unit.
+
+    Use: `begin(units)`, a forward pass, `backward(losses)`, `unit_gradients()`; once per micro-batch.
+
+    Guarantee: every trainable parameter of the model has its place in the flat vector, or construction is refused; a
+    parameter that a backward pass did not reach raises instead of keeping a raw gradient.
+
+    Args:
+        model: on its final device, with its final set of trainable parameters (hooks made before `.to()` go stale).
+
+    Raises: PrivacyError as `FlatParameters`, and if gradient checkpointing is on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if uses_checkpointing(model):
+            raise PrivacyError(
+                "gradient checkpointing runs parts of the model twice, which Opacus' hooks would count wrongly; set"
+                " privacy.engine to one_pass, or call model.gradient_checkpointing_disable()"
+            )
+        self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
+        self._units: Sequence[int] = ()
+
+    def begin(self, units: Sequence[int], device: torch.device) -> None:
+        """Announce a micro-batch: the unit of each of its records."""
+        self._units = units
+
+    def backward(self, losses: Tensor) -> None:
+        """Back-propagate the records' losses [b]. Their sum, so that each record's gradient is its own."""
+        with warnings.catch_warnings():
+            # The first adapters read frozen embeddings, so no input needs a gradient; the hooks use the outputs' alone.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+            losses.sum().backward()
+
+    def unit_gradients(self) -> Tensor:
+        """Take the per-record gradients of the last backward pass and sum them by unit.
+
+        Returns: [u, p], float32, units in order of first appearance.
+        Raises: PrivacyError if a parameter got no gradient, or one that does not have a row per record.
+        """
+        if not self._units:
+            raise PrivacyError("unit_gradients() without begin(): no micro-batch was announced")
+        rows: list[Tensor] = []
+        n = len(self._units)
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            sample: Tensor | list[Tensor] | None = getattr(parameter, "grad_sample", None)
+            if not isinstance(sample, Tensor) or sample.shape != (n, *parameter.shape):
+                raise PrivacyError(
+                    f"{name}: the backward pass left no gradient per record; freeze it, or leave its layer out of"
+                    " lora.target_modules"
+                )
+            rows.append(sample.detach().reshape(n, -1).float())
+            parameter.grad_sample = None  # pyright: ignore[reportAttributeAccessIssue]
+            parameter.grad = None
+        positions, n_units = unit_positions(self._units)
+        self._units = ()
+        flat = torch.cat(rows, dim=1)
+        return sum_by_unit(flat, torch.tensor(positions, device=flat.device), n_units=n_units)
+
+    def detach(self) -> None:
+        """Remove the hooks; the model is a plain one again."""
+        self._hooks.cleanup()

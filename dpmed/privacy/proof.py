@@ -1,0 +1,115 @@
+"""Proof by trial, before the first private step: the engine's rows against plain autograd, one unit at a time.
+
+A test suite cannot know a user's model. A layer that mixes records (batch statistics, experts with a shared capacity, a
+sequence-first layout), padding that leaks into a record's gradient, or a weight used behind the engine's back would all
+make the clipped sum wrong without an error. A few records of random tokens show each of them, and cost no privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dpmed.errors import PrivacyError
+from dpmed.privacy.flat import FlatParameters
+
+if TYPE_CHECKING:
+    from dpmed.privacy.one_pass import OnePassEngine
+    from dpmed.privacy.opacus_engine import OpacusEngine
+
+    Engine = OnePassEngine | OpacusEngine
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+COARSE = 0.1
+"""Relative, for weights of fewer bits, whose rounding alone makes about 1 %."""
+
+
+def prove(
+    attach: Callable[[], Engine],
+    model: nn.Module,
+    losses: Callable[[Sequence[int]], Tensor],
+    *,
+    units: Sequence[int],
+) -> Engine:
+    """Attach the engine, and show on public records that its rows are what a loop over single units gives.
+
+    Args:
+        attach: makes the engine on `model`.
+        model: on its final device. Its trainable weights are moved a little for the trial (fresh LoRA factors of zero
+            would prove nothing of their partners) and are put back bit for bit.
+        losses: per-record losses [b] of the public records with these indices, padded together as in training.
+        units: the unit of each public record; at least one unit with several records, and records of several lengths.
+
+    Returns: the engine, attached.
+    Raises: PrivacyError if a unit's row differs: its gradient depends on other records, or a weight is not covered.
+    """
+    flat = FlatParameters(model)
+    with _trial(model, flat):
+        truth = _one_by_one(flat, losses, units)
+        engine = attach()
+        try:
+            engine.begin(units, flat.parameters[0].device)
+            engine.backward(losses(range(len(units))))
+            for row, (unit, alone) in zip(engine.unit_gradients(), truth.items(), strict=True):
+                engine.write_gradients(row)
+                _compare(flat, alone, unit)
+        except BaseException:
+            engine.detach()
+            raise
+        finally:
+            model.zero_grad()
+    return engine
+
+
+def _one_by_one(
+    flat: FlatParameters, losses: Callable[[Sequence[int]], Tensor], units: Sequence[int]
+) -> dict[int, list[Tensor]]:
+    """Unit -> gradient of each parameter by plain autograd, each record in a batch of its own, without padding."""
+    found: dict[int, list[Tensor]] = {}
+    for record, unit in enumerate(units):
+        gradients = torch.autograd.grad(losses([record]).sum(), flat.parameters, allow_unused=True)
+        rows = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, flat.parameters, strict=True)]
+        before = found.get(unit)
+        found[unit] = rows if before is None else [a + b for a, b in zip(before, rows, strict=True)]
+    return found
+
+
+def _compare(flat: FlatParameters, alone: Sequence[Tensor], unit: int) -> None:
+    """Compare `.grad` with the truth, relative to the unit's whole gradient."""
+    size = torch.stack([g.float().norm() for g in alone]).norm()
+    if not bool(torch.isfinite(size)) or float(size) == 0:
+        raise PrivacyError(
+            "the model gives no finite gradient on public trial records, so nothing can be proven of it: check that its"
+            " weights are whole"
+        )
+    for name, parameter, truth in zip(flat.names, flat.parameters, alone, strict=True):
+        got = torch.zeros_like(truth) if parameter.grad is None else parameter.grad
+        difference = float((got.float() - truth.float()).norm() / size)
+        if not difference <= TOLERANCE.get(parameter.dtype, COARSE):
+            raise PrivacyError(
+                f"{name}: on public trial records its gradient for one unit differs by {difference:.1%} from that unit"
+                " alone: records influence each other in this model, or the weight is used outside its layer; freeze it"
+            )
+
+
+@contextmanager
+def _trial(model: nn.Module, flat: FlatParameters) -> Iterator[None]:
+    """No dropout, trainable weights a little off their start; all is put back afterwards."""
+    before, training = flat.snapshot(), {m: m.training for m in model.modules()}
+    generator = torch.Generator().manual_seed(0)
+    model.eval()
+    for layer in flat.layers:
+        layer.train()  # Opacus' hooks work in training mode only; none of these layers has dropout
+    try:
+        with torch.no_grad():
+            for parameter in flat.parameters:
+                parameter += (0.02 * torch.randn(parameter.shape, generator=generator)).to(parameter)
+        yield
+    finally:
+        flat.restore(before)
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,51 @@
+"""Data-parallel training: each rank clips its own units, one sum over all ranks, one noise.
+
+Every rank takes part in every step, whether it drew a unit or not. Without several processes all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def several() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def launched_rank() -> int:
+    """Rank that torchrun or accelerate gave this process; 0 for a process that was started alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def sum_over_ranks_(flat: Tensor) -> Tensor:
+    """Replace `flat` on every rank by the sum over ranks, in place; the same bits everywhere."""
+    if several():
+        dist.all_reduce(flat)
+    return flat
+
+
+def from_first_rank_(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors on every rank by those of rank 0, in place."""
+    if several():
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+
+def number_from_first_rank(value: int, device: torch.device) -> int:
+    """Rank 0's number, on every rank."""
+    number = torch.tensor(value, dtype=torch.int64, device=device)
+    from_first_rank_([number])
+    return int(number)
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if several():
+        dist.barrier()
