@@ -118,7 +118,9 @@ def test_wrong_input_is_one_line_and_status_2(
 
 def test_recipe_errors_reach_the_user(capsys: Captured, recipe_file: str, tmp_path: Path) -> None:
     out = ["--output_dir", str(tmp_path / "run")]
-    assert "'privacy.target_epsilon'?" in failure(capsys, "train", recipe_file, "--privacy.epsilon", "3", *out)
+    assert "did you mean 'privacy.target_epsilon'" in failure(
+        capsys, "train", recipe_file, "--privacy.epsilon", "3", *out
+    )
     assert "got abc" in failure(capsys, "train", recipe_file, "--training.epochs", "abc", *out)
     assert "needs a value" in failure(capsys, "train", recipe_file, *out, "--training.epochs")
     assert "training.epochs: got 0.0" in failure(capsys, "train", recipe_file, "--training.epochs=0", *out)

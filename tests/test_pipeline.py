@@ -64,7 +64,7 @@ def weights_of(name: str) -> str:
 def test_a_run_folder_holds_what_the_contract_names(name: str, world: World, finished: Callable[[str], Path]) -> None:
     folder = finished(name)
     expected = {"recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json", weights_of(name)}
-    expected |= {"privacy.json"} if name == "dp_lora" else set()
+    expected |= {"privacy.json", "privacy_run.json", "charges.sqlite"} if name == "dp_lora" else set()
     assert {path.name for path in folder.iterdir()} == expected
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished" and run["seconds"] > 0 and run["peak_memory_bytes"] > 0

@@ -77,8 +77,8 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, typo: str, meant: str) ->
     section, _, name = typo.rpartition(".")
     nested = f"{section}: {{{name}: 1}}\n" if section not in ("", "data") else f"{typo}: 1\n"
     from_file = message(lambda: load(tmp_path, MINIMAL + nested))
-    assert from_file.endswith(f"recipe.yaml: unknown key '{typo}': did you mean '{meant}'?")
-    assert f"unknown key '{typo}': did you mean '{meant}'?" in message(lambda: made(f"--{typo}", "1"))
+    assert f"recipe.yaml: unknown key '{typo}': did you mean '{meant}'" in from_file
+    assert f"unknown key '{typo}': did you mean '{meant}'" in message(lambda: made(f"--{typo}", "1"))
 
 
 def test_unknown_section_and_hopeless_key(tmp_path: Path) -> None:

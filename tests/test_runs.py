@@ -17,6 +17,7 @@ from dpmed.runs import (
     claim_output_dir,
     is_finished,
     last_checkpoint,
+    mark_whole,
     read_json,
     replace_folder,
     write_json,
@@ -152,8 +153,10 @@ def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"weights")
     assert last_checkpoint(tmp_path) is None
-    for step in (9, 10):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        mark_whole(tmp_path / f"checkpoint-{step}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"  # the newest by number, not by name
 
 

@@ -46,6 +46,7 @@ class ChargedRun:
         state: RunState,
         *,
         folder: Path,
+        started_in: Path,
         units: Sequence[str],
         n_seen: int,
         ledger: str | None,
@@ -57,6 +58,8 @@ class ChargedRun:
 
         Args:
             folder: the run folder.
+            started_in: where the run's own charges are if it keeps no ledger: the folder of the checkpoint it goes on
+                from, so that two resumptions of one checkpoint both count.
             units: names of the units; the ledger keeps salted hashes.
             n_seen: steps that the weights at hand have seen.
             ledger: as `privacy.ledger` of a recipe.
@@ -70,7 +73,7 @@ class ChargedRun:
             from dpmed.runs import write_text
 
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            book = PrivacyLedger(path or folder / OWN_CHARGES)
+            book = PrivacyLedger(path or started_in / OWN_CHARGES)
             charges = book.open_run(units, state.plan, run_id=state.run_id, budget_epsilon=budget_epsilon)
             n_charged = charges.n_charged
             if n_charged < n_seen:
@@ -94,15 +97,20 @@ class ChargedRun:
         self.n_left -= 1
         self._n_begun += 1
 
-    def charge(self) -> None:
-        """Charge the steps begun and not charged yet; they are on the disk when this returns.
+    def take_back(self) -> None:
+        """Forget the steps begun and not charged: nothing of them was kept."""
+        self.n_left, self._n_begun = self.n_left + self._n_begun, 0
+
+    def charge(self) -> bool:
+        """Charge the steps begun and not charged yet; they are on the disk when this returns. False if none were.
 
         Raises: BudgetError, with nothing charged, if a budget would be exceeded.
         """
-        if self._n_begun:
-            if self._charges is not None:
-                self._charges.charge(self._n_begun)
-            self._n_charged, self._n_begun = self._n_charged + self._n_begun, 0
+        n = self._n_begun
+        if n and self._charges is not None:
+            self._charges.charge(n)
+        self._n_charged, self._n_begun = self._n_charged + n, 0
+        return n > 0
 
     def nothing_left(self) -> BudgetError:
         """The error of a run whose steps are all charged while none of its checkpoints is whole."""

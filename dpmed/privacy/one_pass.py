@@ -97,6 +97,8 @@ class OnePassEngine(FlatParameters):
             units: unit index of each record, [b].
             device: where the model is.
         """
+        for parameter in self.parameters:
+            parameter.grad = None  # whatever stands there after the backward pass then came from it
         positions, self._n_units = unit_positions(units)
         self._n_records = len(units)
         several = self._n_units < self._n_records  # some unit has several records, which are added up in its row

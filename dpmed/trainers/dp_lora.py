@@ -138,6 +138,7 @@ class DPLoRATrainer(LoRATrainer):
         self._last_rate = 0.0
         self._moved = False
         self._run: ChargedRun | None = None
+        self._charged_weights: list[Tensor] | None = None  # as of the last charge
         self._watched = False
 
     # --- A run: start, charge, end --------------------------------------------------------------------------------
@@ -165,17 +166,21 @@ class DPLoRATrainer(LoRATrainer):
         self._watched = not all(type(c).__module__.startswith(_OWN_CALLBACKS) for c in self.callback_handler.callbacks)
         engine = self._engine = self._attach()
         ranks.from_first_rank_(engine.parameters)  # freshly made adapters must be the same everywhere
+        self._charged_weights = engine.snapshot()
         try:
             output = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
             self._prove_movement(engine)
             return output
         except KeyboardInterrupt:
-            self._keep_what_was_charged()
+            self._stop_here()
+            raise
+        except BaseException:
+            self._take_back(run, engine)
             raise
         finally:
             self.charge()
             engine.detach()
-            self._engine = None
+            self._engine = self._charged_weights = None
 
     def charge(self) -> None:
         """Charge all steps begun so far and not charged yet; they are on the disk when this returns.
@@ -184,8 +189,8 @@ class DPLoRATrainer(LoRATrainer):
 
         Raises: BudgetError, with nothing charged, if a budget would be exceeded.
         """
-        if self._run is not None:
-            self._run.charge()
+        if self._run is not None and self._run.charge() and self._engine is not None:
+            self._charged_weights = self._engine.snapshot()
 
     def privacy_spent(self) -> dict[str, Any]:
         """The certificate of the steps run so far: epsilon, delta, unit, n_units, noise_multiplier, n_steps, ...
@@ -212,6 +217,7 @@ class DPLoRATrainer(LoRATrainer):
         return ChargedRun.open(
             state,
             folder=Path(str(self.args.output_dir)),
+            started_in=Path(str(self.args.output_dir)) if checkpoint is None else checkpoint.parent,
             units=records.unit_names,
             n_seen=n_seen,
             ledger=self.args.ledger,
@@ -228,8 +234,16 @@ class DPLoRATrainer(LoRATrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return TrainOutput(self.state.global_step, 0.0, {})
 
-    def _keep_what_was_charged(self) -> None:
-        """Save a checkpoint when the user stops a run, so that no charged step is lost."""
+    def _take_back(self, run: ChargedRun, engine: Engine) -> None:
+        """After an exception, leave the weights of the last charge in memory: what nobody can see costs nothing."""
+        run.take_back()
+        engine.restore(self._charged_weights or [])
+        self.model.zero_grad()
+        self.optimizer = self.lr_scheduler = None  # moments tell of the steps as well
+
+    def _stop_here(self) -> None:
+        """When the user stops a run, charge it and save a checkpoint, so that no charged step is lost."""
+        self.charge()
         if self.args.save_strategy != "no" and not ranks.several() and self.state.global_step > 0:
             self._save_checkpoint(self.model, None)
 
@@ -288,13 +302,13 @@ class DPLoRATrainer(LoRATrainer):
         return ranks.sum_over_ranks_(total)
 
     def _cut(self, examples: list[Example]) -> LogicalBatch:
-        rows = self.args.buffer_mib * 2**20 // (4 * self._engine.n_parameters) if self._engine else 0
+        fit = None if self._engine is None else self.args.buffer_mib * 2**20 // (4 * self._engine.n_parameters)
         cuts = cut_micro_batches(
             range(len(examples)),
             units=[e.unit for e in examples],
             lengths=[len(e.input_ids) for e in examples],
             max_tokens=self.args.micro_batch_tokens,
-            max_units=max(1, rows),
+            max_units=None if fit is None else max(1, fit),
         )
         return LogicalBatch([[examples[i] for i in cut] for cut in cuts])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import TrainerCallback
 
 from dpmed.errors import InputError, PrivacyError
 from dpmed.privacy.plan import PrivacyPlan
+from dpmed.privacy.run_state import STATE_FILE
 from dpmed.privacy.sampling import PoissonUnitSampler
-from dpmed.trainers.dp_lora import PLAN_FILE, DPLoRATrainer
+from dpmed.runs import mark_whole
+from dpmed.trainers.dp_lora import DPLoRATrainer
 
 
 def trained_weights(folder: Path, plan: PrivacyPlan, **changes: Any) -> Tensor:
@@ -57,9 +60,14 @@ class StopAt(TrainerCallback):
         return control
 
 
+@pytest.fixture
+def stopped(stopped_run: Path, tmp_path: Path) -> Path:
+    """A checkpoint at step 2 of 4, in a folder of the test's own: what resumes from it is charged there."""
+    return shutil.copytree(stopped_run.parent, tmp_path / "stopped") / stopped_run.name
+
+
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint at step 2 of 4."""
+def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     trainer = make_trainer(folder, make_plan(n_steps=4), save_strategy="steps", save_steps=2, callbacks=[StopAt(2)])
     trainer.train()
@@ -73,12 +81,22 @@ def resumed(folder: Path, checkpoint: str | Path | bool, plan: PrivacyPlan | Non
     return trainer
 
 
-def test_a_resumed_run_goes_on_counting_and_draws_fresh_noise(stopped: Path, tmp_path: Path) -> None:
-    first, second = (resumed(tmp_path / str(i), str(stopped)) for i in range(2))
+def test_a_resumed_run_goes_on_counting_and_draws_fresh_noise(stopped_run: Path, tmp_path: Path) -> None:
+    copies = [shutil.copytree(stopped_run.parent, tmp_path / str(i)) for i in range(2)]
+    first, second = (resumed(copy, copy / stopped_run.name) for copy in copies)
     assert first.state.global_step == second.state.global_step == 4
     assert first.privacy_spent()["n_steps"] == 4
     # torch's own random state was restored, the noise was not
     assert share_of_differences(weights(first), weights(second)) > 0.9
+
+
+def test_a_checkpoint_that_is_resumed_twice_is_charged_twice(stopped: Path, tmp_path: Path) -> None:
+    """Both ends of the fork are releases: the second has no step left, and both certificates say so."""
+    first = resumed(tmp_path / "first", stopped)
+    second = resumed(tmp_path / "second", stopped)
+    assert (first.state.global_step, second.state.global_step) == (4, 2)
+    assert first.privacy_spent()["n_steps"] == second.privacy_spent()["n_steps"] == 4
+    assert second.privacy_spent()["n_steps_lost"] == 2
 
 
 def test_a_resumed_run_draws_patients_anew(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,5 +141,6 @@ def test_a_checkpoint_of_a_run_without_a_plan_is_refused(stopped: Path, tmp_path
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()
     (folder / "trainer_state.json").write_text((stopped / "trainer_state.json").read_text())
-    with pytest.raises(PrivacyError, match=PLAN_FILE):
+    mark_whole(folder)
+    with pytest.raises(PrivacyError, match=STATE_FILE):
         resumed(tmp_path, folder)

@@ -161,6 +161,21 @@ def test_a_trigger_that_is_gone_is_found(path: Path) -> None:
     assert problems(path) == ["the trigger entries_no_delete was changed, removed or added"]
 
 
+def test_an_index_that_hides_a_shared_unit_is_found(path: Path) -> None:
+    """Tables, hashes and definitions are all as they were; only looking up the unit by its hash would miss it."""
+    (unit,) = rows(path, "SELECT hash FROM units WHERE dataset = 1 ORDER BY hash LIMIT 1")
+    (index,) = rows(path, "SELECT type, name, tbl_name, rootpage, sql FROM sqlite_master WHERE name = 'units_by_hash'")
+    edit(path, "DELETE FROM units WHERE dataset = 1 AND hash = ?", parameters=unit)
+    edit(path, "PRAGMA writable_schema = ON", "DELETE FROM sqlite_master WHERE name = 'units_by_hash'")
+    edit(path, "INSERT INTO units VALUES (1, ?)", parameters=unit)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute("INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)", index)
+        connection.commit()
+    (problem,) = problems(path)
+    assert "the file is damaged" in problem and "units_by_hash" in problem
+
+
 @pytest.mark.parametrize("table", ["entries", "units"])
 @pytest.mark.parametrize("statement", ["DELETE FROM {}", "UPDATE {} SET hash = hash"])
 def test_the_tables_only_grow(path: Path, table: str, statement: str) -> None:

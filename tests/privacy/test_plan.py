@@ -157,7 +157,9 @@ def test_the_certificate_names_all_that_it_rests_on_and_is_json():
         "noise_multiplier": 2.0,
         "neighbouring_relation": "add or remove one unit",
         "accountant": "pld+prv",
-        "engine": "opacus",
+        "engine": "one_pass",
+        "clipping": "norm",
+        "secure": False,
         "private": True,
     }
     assert {key: spent[key] for key in expected} == expected

@@ -19,7 +19,6 @@ from dpmed.data.batches import Batch, per_record_loss
 from dpmed.data.tasks import EncodedRecords, Example, TaskKind, TaskSpec, encode
 from dpmed.errors import InputError, PrivacyError
 from dpmed.models import MeanPoolingClassifier, MeanPoolingConfig
-from dpmed.privacy.clipping import OpacusEngine
 from dpmed.privacy.plan import PrivacyPlan
 from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig, LogicalBatch, plan_for, planned_steps
 from dpmed.trainers.lora import lora_config, with_adapters
@@ -122,7 +121,8 @@ def engine_sum(trainer: DPLoRATrainer, examples: list[Example]) -> Tensor:
     """What one real training step leaves in `.grad`, times the divisor: the clipped sum, as the plan has no noise."""
     trainer.create_optimizer_and_scheduler(3)
     trainer._snapshot = None  # no optimiser steps here, so nothing has to move between two calls
-    trainer._engine = OpacusEngine(trainer.model)
+    trainer._run = trainer._open(None, n_seen=0)
+    trainer._engine = trainer.plan.attach(trainer.model)
     try:
         loss = trainer.training_step(trainer.model, trainer._cut(examples))
     finally:
@@ -319,8 +319,8 @@ def test_a_classifier_head_outside_modules_to_save_is_still_protected(tmp_path: 
     plan = make_plan(noise_multiplier=1.0)
     trainer = make_trainer(tmp_path, model, make_spec("classification"), make_records(), plan)
     drawn: list[int] = []
-    noise = trainer._noise.draw
-    trainer._noise.draw = lambda n, device="cpu": drawn.append(n) or noise(n, device)  # type: ignore[method-assign]
+    noise = trainer._noise.add_
+    trainer._noise.add_ = lambda flat: drawn.append(flat.numel()) or noise(flat)  # type: ignore[method-assign]
     trainer.train()
     assert drawn == [32 * 3 + 3] * 3
 
@@ -329,7 +329,8 @@ def test_a_classifier_head_outside_modules_to_save_is_still_protected(tmp_path: 
     "setting",
     [
         {"gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": True},
+        {"neftune_noise_alpha": 5.0},
+        {"use_liger_kernel": True},
         {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
         {"auto_find_batch_size": True},
         {"torch_compile": True},
