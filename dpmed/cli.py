@@ -73,6 +73,8 @@ def _run(given: list[str]) -> int:
     args.flags = flags
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not mix with the result
         result = VERBS[name].run(args)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0  # under torchrun rank 0 tells the result
     if hasattr(args, "output_dir"):
         result = {"output_dir": str(args.output_dir), **result}
     if getattr(args, "json", False):
@@ -171,7 +173,6 @@ def report(args: argparse.Namespace) -> Result:
 
 
 def calibrate(args: argparse.Namespace) -> Result:
-    from dpmed.privacy.accounting import epsilon_curve
     from dpmed.privacy.plan import PrivacyPlan
 
     plan = PrivacyPlan.calibrated(
@@ -184,11 +185,7 @@ def calibrate(args: argparse.Namespace) -> Result:
         delta=args.delta,
         n_steps=args.n_steps,
     )
-    deltas = [delta for exponent in range(1, -4, -1) if (delta := plan.delta * 10.0**exponent) < 1]
-    curve = epsilon_curve(
-        noise_multiplier=plan.noise_multiplier, sampling_rate=plan.sampling_rate, n_steps=plan.n_steps, deltas=deltas
-    )
-    return plan.spent(args.n_steps) | {"epsilon_curve": [{"delta": delta, "epsilon": eps} for delta, eps in curve]}
+    return plan.spent(args.n_steps)
 
 
 def tag(args: argparse.Namespace) -> Result:

@@ -35,6 +35,10 @@ def run(result: Result) -> None:
     if (folder / "privacy.json").is_file():
         spent = read_json(folder / "privacy.json")
         print(f"privacy: epsilon {_number(spent.get('epsilon'))} at delta {_number(spent.get('delta'))} per unit")
+        if (everything := (spent.get("ledger") or {}).get("epsilon_of_all_runs")) is not None:
+            print(f"all runs on these units: epsilon {_number(everything)}; see 'dpmed ledger show'")
+        if spent.get("n_steps_lost"):
+            print(f"{spent['n_steps_lost']} of its {spent['n_steps']} charged steps were lost when the run was stopped")
     file = folder / "evaluation.json"
     evaluation = read_json(file) if file.is_file() else {}
     rows = [
@@ -79,6 +83,15 @@ def plan(result: Result) -> None:
     print(f"epsilon: {_number(result['epsilon'])} at delta {_number(result['delta'])}")
     rows = [(_number(point["delta"]), _number(point["epsilon"])) for point in result["epsilon_curve"]]
     _table(("delta", "epsilon (PLD)"), rows)
+    _attack_bounds(result["attack_bounds"])
+
+
+def _attack_bounds(bounds: Mapping[str, Any]) -> None:
+    """What (epsilon, delta) means for whoever asks if a patient was in the data, at best."""
+    print(f"no membership attack has an advantage (TPR - FPR) above {_number(bounds['advantage'])}")
+    for fpr, tpr in bounds["tpr_at_fpr"].items():
+        print(f"nor a true-positive rate above {_number(tpr)} at a false-positive rate of {fpr}")
+    print(f"Gaussian DP: mu {_number(bounds['gdp_mu'])}")
 
 
 def identifiers(result: Result) -> None:

@@ -96,6 +96,8 @@ class PrivacySection:
     """Padded tokens per micro-batch; memory only, costs no privacy."""
     buffer_mib: int = 1024
     """Memory for the gradients by patient of one micro-batch, in MiB; costs no privacy."""
+    shard_base: bool = False
+    """Under torchrun: the processes share the frozen base between them (FSDP2), for models too large for one device."""
     ledger: str | None = None
     """File that adds up what these patients were charged over all runs; null takes DPMED_LEDGER or the user's data
     folder; none keeps no ledger."""

@@ -97,6 +97,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
             "secure",
             "micro_batch_tokens",
             "buffer_mib",
+            "shard_base",
             "ledger",
             "budget_epsilon",
         )

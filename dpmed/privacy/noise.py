@@ -14,7 +14,8 @@ from dpmed.errors import InputError, PrivacyError
 from dpmed.privacy.entropy import EntropyStream
 
 GRID_BITS = 20  # secure sums are multiples of about std * 2**-20
-CHUNK = 1 << 17  # numbers per request for entropy: bounds the memory of the secure path, and fits caches
+# Numbers per request for entropy: so few that torch starts no threads, which on a busy machine wait for each other.
+CHUNK = 1 << 14
 
 
 class GaussianNoise:

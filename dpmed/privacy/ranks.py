@@ -45,6 +45,14 @@ def number_from_first_rank(value: int, device: torch.device) -> int:
     return int(number)
 
 
+def most_of_all(value: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers, on every rank."""
+    number = torch.tensor(value, dtype=torch.int64, device=device)
+    if several():
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
+
+
 def wait_for_all() -> None:
     """Go on when every rank has come here."""
     if several():

@@ -222,14 +222,18 @@ def _audited(setting: Setting) -> str:
 
 
 def certificate_table(certificates: Sequence[Certificate]) -> list[list[str]]:
-    """A row a run: name, epsilon, both accountants, audit, delta, unit, units, q, clip, records, noise, steps."""
+    """A row a run: name, epsilon, both accountants, audit, all runs, attack, delta, unit, units, q, clip, and so on."""
     rows = []
     for certificate in certificates:
         content = certificate.content
         bound = certificate.epsilon_lower_bound
         audit = f"{bound:.2f}" if bound is not None else "n/a"
         epsilons = [_plain(content.get(key)) for key in ("epsilon", "epsilon_pld", "epsilon_prv")]
-        rows.append([certificate.name, *epsilons, audit, *(_plain(content.get(key)) for key in _CERTIFICATE_KEYS)])
+        everything = _plain((content.get("ledger") or {}).get("epsilon_of_all_runs"))
+        attack = ((content.get("attack_bounds") or {}).get("tpr_at_fpr") or {}).get("0.01")
+        means = [everything, "n/a" if attack is None else f"{100 * attack:.1f} %"]
+        others = [_plain(content.get(key)) for key in _CERTIFICATE_KEYS]
+        rows.append([certificate.name, *epsilons, audit, *means, *others])
     return rows
 
 

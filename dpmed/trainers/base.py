@@ -4,7 +4,6 @@ else."""
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +175,7 @@ class DpmedTrainer(Trainer):
                 output_dir=str(folder.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+                use_mtime=False,
             )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
@@ -205,34 +204,6 @@ class MetricsFile(TrainerCallback):
         line |= {k: v for k, v in (logs or {}).items() if isinstance(v, NUMBERS_ONLY)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def public_examples(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[int]]:
-    """Four examples of random tokens for a trial run, and the unit of each: they hold nothing of anybody's records."""
-    rng = random.Random(0)
-    special = set(tokenizer.all_special_ids)
-    ordinary = [i for i in range(len(tokenizer)) if i not in special] or [0]
-    units = [0, 1, 0, 2]
-    examples: list[Example] = []
-    for record, (unit, wanted) in enumerate(zip(units, (11, 5, 7, 14), strict=True)):
-        n = min(wanted, spec.max_length)
-        labels = range(len(spec.labels))
-        label = tuple(rng.sample(labels, k=1)) if spec.multi_label else rng.choice(labels) if labels else None
-        examples.append(
-            Example(
-                record=record,
-                unit=unit,
-                window=0,
-                input_ids=rng.choices(ordinary, k=n),
-                text_start=0,
-                text_end=n if spec.kind != "causal_lm" or label is None else n - 2,
-                prompt_end=n - 1 if label is not None else n,
-                spans=(),
-                words=tuple(range(n)) if spec.kind == "masked_lm" else (),
-                label=label,
-            )
-        )
-    return examples, units
 
 
 def _spec_of(args: TrainingConfig, records: Dataset | EncodedRecords) -> TaskSpec:

@@ -44,8 +44,10 @@ from dpmed.privacy.proof import prove
 from dpmed.privacy.run_state import STATE_FILE, RunState
 from dpmed.privacy.sampling import cut_micro_batches
 from dpmed.runs import last_checkpoint, write_json, write_text
-from dpmed.trainers.base import TrainingConfig, public_examples
-from dpmed.trainers.lora import LoRATrainer
+from dpmed.trainers.base import TrainingConfig
+from dpmed.trainers.lora import LoRATrainer, with_adapters
+from dpmed.trainers.sharding import shard_frozen_base
+from dpmed.trainers.trial import public_examples, trial_losses
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,6 +74,7 @@ class DPLoRATrainingConfig(TrainingConfig):
     buffer_mib: int = field(default=1024, metadata={"help": "memory for the gradients by patient of a micro-batch"})
     engine: EngineName = field(default="one_pass", metadata={"help": "one_pass, or opacus: the slower reference"})
     secure: bool = field(default=False, metadata={"help": "cryptographic draws and noise, float-safe noise"})
+    shard_base: bool = field(default=False, metadata={"help": "several processes share the frozen base (FSDP2)"})
     ledger: str | None = field(default=None, metadata={"help": "a file; None: the user's or DPMED_LEDGER; none: none"})
     budget_epsilon: float | None = field(default=None, metadata={"help": "what all runs on these patients may spend"})
     run_id: str | None = field(default=None, metadata={"help": "of the run that goes on without a checkpoint"})
@@ -110,6 +113,9 @@ class DPLoRATrainer(LoRATrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         _refuse_unsafe(args)
+        if args.shard_base:
+            model = with_adapters(model, peft_config)
+            shard_frozen_base(model, args.device)
         super().__init__(
             model,
             args,
@@ -266,8 +272,11 @@ class DPLoRATrainer(LoRATrainer):
         self._prove_movement(engine)
         model.train()
         total = torch.zeros(engine.n_parameters, dtype=torch.float32, device=self.args.device)
+        behind = ranks.most_of_all(len(inputs), self.args.device) - len(inputs) if self.args.shard_base else 0
         for examples in inputs:
             total += self._clipped(model, engine, examples)
+        for _ in range(behind):
+            self._keep_pace(model, engine)
         engine.write_gradients(self._noised(total) / self.plan.divisor)
         if self._watched:
             self.charge()
@@ -282,6 +291,14 @@ class DPLoRATrainer(LoRATrainer):
         total, nonfinite = self.plan.clipped_sum(engine.unit_gradients())
         self.n_nonfinite += int(nonfinite)
         return total
+
+    def _keep_pace(self, model: nn.Module, engine: Engine) -> None:
+        """A micro-batch of public examples, to no effect: with a sharded base each pass gathers weights from all ranks,
+        so all must run equally many."""
+        trial, units = public_examples(self.spec, self.processing_class)
+        engine.begin(units, self.args.device)
+        engine.backward(self._record_losses(model, trial))
+        engine.unit_gradients()
 
     def _record_losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Loss of each example, [b]."""
@@ -316,17 +333,9 @@ class DPLoRATrainer(LoRATrainer):
 
     def _attach(self) -> Engine:
         """The engine on the model, after a trial on random tokens: its rows are what single patients give."""
-        trial, units = public_examples(self.spec, self.processing_class)
-        batch: Batch = self._prepare_inputs(self.data_collator(trial))  # once: masked words are drawn at random
-        lengths = [len(example.input_ids) for example in trial]
-
-        def losses(records: Sequence[int]) -> Tensor:
-            rows, longest = list(records), max(lengths[i] for i in records)
-            tokens = {"input_ids", "attention_mask", "weights"} | ({"targets"} if "weights" in batch else set())
-            part = {k: v[rows][:, :longest] if k in tokens else v[rows] for k, v in batch.items()}
-            outputs = self.model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
-            return per_record_loss(outputs.logits, part, self.spec)
-
+        examples, units = public_examples(self.spec, self.processing_class)
+        batch: Batch = self._prepare_inputs(self.data_collator(examples))
+        losses = trial_losses(self.model, batch, [len(example.input_ids) for example in examples], self.spec)
         return prove(lambda: self.plan.attach(self.model), self.model, losses, units=units)
 
     def _prove_movement(self, engine: Engine) -> None:
