@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dpmed.privacy.noise import GaussianNoise
 
 
 def several() -> bool:
@@ -28,6 +32,24 @@ def sum_over_ranks_(flat: Tensor) -> Tensor:
     if several():
         dist.all_reduce(flat)
     return flat
+
+
+def noised_sum_(clipped: Tensor, noise: GaussianNoise) -> Tensor:
+    """This rank's clipped sum [p] to the noised sum over all ranks, in place; the same bits everywhere.
+
+    Guarantee: noise is added exactly once, whatever the number of ranks: noise on every rank would be more than was
+        accounted for if added up, and less if averaged.
+    """
+    first = not several() or dist.get_rank() == 0
+    if several() and noise.secure:  # it rounds sum + noise, so it comes after the sum
+        sum_over_ranks_(clipped)
+        if first:
+            noise.add_(clipped)
+        from_first_rank_([clipped])
+        return clipped
+    if first:
+        noise.add_(clipped)
+    return sum_over_ranks_(clipped)
 
 
 def from_first_rank_(tensors: Iterable[Tensor]) -> None:

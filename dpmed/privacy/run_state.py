@@ -100,8 +100,8 @@ def _model_parts(model: nn.Module) -> Iterable[bytes]:
         if parameter.requires_grad:
             yield f"trained {name} {tuple(parameter.shape)}".encode()
         elif "original_module" not in name.split("."):
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # of a sharded base
-            flat = whole.detach().reshape(-1)
+            gather = getattr(parameter, "full_tensor", None)  # of a base that is sharded over ranks
+            flat = (gather() if gather else parameter).detach().reshape(-1)
             at = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLED, len(flat)), device=flat.device).long()
             yield f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode()
             yield flat[at].float().cpu().numpy().tobytes()

@@ -277,7 +277,7 @@ class DPLoRATrainer(LoRATrainer):
             total += self._clipped(model, engine, examples)
         for _ in range(behind):
             self._keep_pace(model, engine)
-        engine.write_gradients(self._noised(total) / self.plan.divisor)
+        engine.write_gradients(ranks.noised_sum_(total, self._noise) / self.plan.divisor)
         if self._watched:
             self.charge()
         return torch.zeros((), device=self.args.device)
@@ -305,18 +305,6 @@ class DPLoRATrainer(LoRATrainer):
         batch: Batch = self._prepare_inputs(self.data_collator(list(examples)))
         outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return per_record_loss(outputs.logits, batch, self.spec)
-
-    def _noised(self, total: Tensor) -> Tensor:
-        """This rank's clipped sum [p] to the noised sum over all ranks: one noise, whatever the number of ranks."""
-        if ranks.several() and self.plan.secure:  # its rounding must come after the sum
-            ranks.sum_over_ranks_(total)
-            if self.args.process_index == 0:
-                self._noise.add_(total)
-            ranks.from_first_rank_([total])
-            return total
-        if self.args.process_index == 0:
-            self._noise.add_(total)
-        return ranks.sum_over_ranks_(total)
 
     def _cut(self, examples: list[Example]) -> LogicalBatch:
         fit = None if self._engine is None else self.args.buffer_mib * 2**20 // (4 * self._engine.n_parameters)

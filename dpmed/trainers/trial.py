@@ -1,4 +1,4 @@
-"""Examples of random tokens: what a trial before the first private step may look at, since nobody's records are in it."""
+"""Examples of random tokens, which hold nothing of anybody: for the trial before the first private step."""
 
 from __future__ import annotations
 

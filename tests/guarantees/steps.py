@@ -183,7 +183,9 @@ def step_sum(scene: Scene, examples: Sequence[Example] | None = None, *, engine:
     trainer._run = trainer._open(None, n_seen=0)
     trainer._engine = trainer.plan.attach(trainer.model)
     try:
-        loss = trainer.training_step(trainer.model, trainer._cut(list(scene.examples if examples is None else examples)))
+        loss = trainer.training_step(
+            trainer.model, trainer._cut(list(scene.examples if examples is None else examples))
+        )
     finally:
         trainer._engine.detach()
         trainer._engine = None

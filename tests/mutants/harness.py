@@ -8,6 +8,8 @@ Run as `python -m mutants.harness RESULT.json [NAME ...]` with the tests' folder
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import resource
@@ -28,6 +30,7 @@ NULL = "no fault"
 CRASHED = 70
 """Exit status of a child that could not run its tests at all; pytest's own end at 5."""
 CPU_SECONDS = 120
+PLUGINS = ("pytest_timeout", "pytest_socket", "_hypothesis_pytestplugin")
 LIBRARIES = (
     "torch",
     "transformers",
@@ -39,7 +42,8 @@ LIBRARIES = (
     "scipy.stats",
     "dp_accounting.pld.privacy_loss_distribution",
     "hypothesis",
-    "xdist",
+    *PLUGINS,
+    "sklearn.metrics",
     "cryptography.hazmat.primitives.ciphers",
 )
 OPTIONS = (
@@ -52,8 +56,11 @@ OPTIONS = (
 
 def main(result: Path, names: Sequence[str]) -> None:
     """Try all mutants, or the named ones, and first the package as it is on all of their tests."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those that are needed are named; others cost a second each
     os.environ["CI"] = "1"  # hypothesis then draws the same examples each time, and keeps none
     _import_libraries()
+    gc.collect()
+    gc.freeze()  # or each child would go through all libraries' objects
     chosen = [m for m in MUTANTS if not names or m.name in names]
     union = list(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
     found: dict[str, dict[str, Any]] = {}
@@ -154,14 +161,15 @@ def _run_tests(copy: Path, tests: Iterable[str], report: Path) -> int:
     os.environ["PYTHONPATH"] = f"{copy}{os.pathsep}{ROOT / 'tests'}"  # for processes that tests start
     os.chdir(ROOT)
     recorder = _Recorder()
-    arguments = ["-p", "no:xdist", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=short"]
-    for option in OPTIONS:
-        arguments += ["-o", option]
+    arguments = ["-p", "no:cacheprovider", "-q", "--no-header", "--tb=short"]
+    arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are imported already
+    arguments += [word for plugin in PLUGINS for word in ("-p", plugin)]
+    arguments += [word for option in OPTIONS for word in ("-o", option)]
     arguments.append(f"--basetemp={copy / 'tests'}")
     status = int(pytest.main([*arguments, *tests], plugins=[recorder]))
     import dpmed
 
-    loaded = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "dpmed"]
+    loaded = [getattr(m, "__file__", None) for name, m in sys.modules.items() if name.split(".")[0] == "dpmed"]
     strangers = [file for file in loaded if file and not Path(file).is_relative_to(copy)]
     found = {"file": str(dpmed.__file__), "failed": recorder.failed, "passed": recorder.passed}
     report.write_text(json.dumps(found))
@@ -173,8 +181,6 @@ def _run_tests(copy: Path, tests: Iterable[str], report: Path) -> int:
 
 def _import_libraries() -> None:
     """All that is slow to import, once; forked children have it at once. Nothing runs here, so no threads start."""
-    import importlib
-
     for name in LIBRARIES:
         importlib.import_module(name)
     import tiny_models
