@@ -23,10 +23,11 @@ RELATION = "add or remove one unit"
 ACCOUNTANT = "pld+prv"
 NOT_COVERED = (
     "the number of units, and so the sampling rate, is treated as public",
-    "hyper-parameter trials, early stopping and the choice of a checkpoint by private data are not charged",
+    "hyper-parameter trials, early stopping and the choice of a checkpoint by private data: the ledger adds runs up,"
+    " this epsilon is of one",
     "what the model that training starts from, base or adapter, had already seen",
     "labels made from private text by a teacher model",
-    "floating-point attacks on the noise, and random generators that are not cryptographic, unless `secure`",
+    "unless secure is true: floating-point attacks on the noise, and generators that are not cryptographic",
     "the names and the number of the labels, which are read from the training records",
     "the count of units whose gradient was not finite, which the certificate states exactly",
 )

@@ -3,6 +3,7 @@
 A test suite cannot know a user's model. A layer that mixes records (batch statistics, experts with a shared capacity, a
 sequence-first layout), padding that leaks into a record's gradient, or a weight used behind the engine's back would all
 make the clipped sum wrong without an error. A few records of random tokens show each of them, and cost no privacy.
+Gradients are compared without dropout; what layers do in training mode alone is shown by losses under equal masks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 0.1
 """Relative, for weights of fewer bits, whose rounding alone makes about 1 %."""
+SAME = {torch.float32: 1e-5, torch.float64: 1e-5}
+"""Relative, of a loss computed twice in batches of one shape; 1e-2 for weights of fewer bits."""
 
 
 def prove(
@@ -45,10 +48,13 @@ def prove(
         units: the unit of each public record; at least one unit with several records, and records of several lengths.
 
     Returns: the engine, attached.
-    Raises: PrivacyError if a unit's row differs: its gradient depends on other records, or a weight is not covered.
+    Raises: PrivacyError if a unit's row differs: its gradient depends on other records, or a weight is not covered; or
+        if in training mode a record's loss depends on other records, or a buffer takes up what it sees.
     """
     flat = FlatParameters(model)
     with _trial(model, flat):
+        _check_training_mode(model, flat, losses, len(units))
+        _without_dropout(model, flat)
         truth = _one_by_one(flat, losses, units)
         engine = attach()
         try:
@@ -96,14 +102,53 @@ def _compare(flat: FlatParameters, alone: Sequence[Tensor], unit: int) -> None:
             )
 
 
-@contextmanager
-def _trial(model: nn.Module, flat: FlatParameters) -> Iterator[None]:
-    """No dropout, trainable weights a little off their start; all is put back afterwards."""
-    before, training = flat.snapshot(), {m: m.training for m in model.modules()}
-    generator = torch.Generator().manual_seed(0)
+def _check_training_mode(
+    model: nn.Module, flat: FlatParameters, losses: Callable[[Sequence[int]], Tensor], n: int
+) -> None:
+    """Each record's loss beside one set of others and beside another one, and the buffers before and after.
+
+    All records come both times, so shapes and padding are the same and with them the masks of dropout; the record that
+    comes twice differs.
+    """
+    model.train()
+    before, found = _buffers(model), []
+    for repeated in (0, n - 1):
+        with torch.no_grad(), torch.random.fork_rng([d] if (d := flat.parameters[0].device).type == "cuda" else []):
+            torch.manual_seed(0)
+            found.append(losses([*range(n), repeated])[:n].float())
+    now = dict(model.named_buffers())
+    changed = [name for name, old in before.items() if not torch.equal(now[name], old)]
+    if changed:
+        raise PrivacyError(
+            f"{changed[0]}: this buffer takes up statistics of the records in training mode, which no noise covers, and"
+            " by which records influence each other: replace its layer, e.g. by a LayerNorm or GroupNorm"
+        )
+    tolerance = max(SAME.get(p.dtype, 1e-2) for p in model.parameters())
+    if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
+        raise PrivacyError(
+            f"{type(model).__name__}: in training mode a record's loss depends on the other records of its batch, so no"
+            " gradient is one unit's own: replace the layer that mixes them"
+        )
+
+
+def _without_dropout(model: nn.Module, flat: FlatParameters) -> None:
     model.eval()
     for layer in flat.layers:
         layer.train()  # Opacus' hooks work in training mode only; none of these layers has dropout
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the buffers that hold numbers, not masks or counts."""
+    found = {name: b for name, b in model.named_buffers() if b.is_floating_point() and b.element_size() > 1}
+    return {name: b.detach().clone() for name, b in found.items()}
+
+
+@contextmanager
+def _trial(model: nn.Module, flat: FlatParameters) -> Iterator[None]:
+    """Trainable weights a little off their start; they, the buffers and the modes are put back afterwards."""
+    before, training = flat.snapshot(), {m: m.training for m in model.modules()}
+    buffers = {b: b.detach().clone() for b in model.buffers() if b.element_size() > 1}
+    generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
             for parameter in flat.parameters:
@@ -111,5 +156,8 @@ def _trial(model: nn.Module, flat: FlatParameters) -> Iterator[None]:
         yield
     finally:
         flat.restore(before)
+        for buffer, value in buffers.items():
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
         for module, mode in training.items():
             module.training = mode

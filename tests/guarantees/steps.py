@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 import tiny_models
-from dpmed.data.batches import Batch, per_record_loss
+from dpmed.data.batches import Batch, Collator, per_record_loss
 from dpmed.data.tasks import Example, TaskKind, TaskSpec, encode
 from dpmed.privacy.clipping import STABILITY, Clipping
 from dpmed.privacy.plan import EngineName, PrivacyPlan
@@ -134,7 +134,15 @@ class Scene:
 
     @property
     def cuts(self) -> list[list[Example]]:
-        return list(self.trainer._cut(self.examples))
+        return self.cuts_of(self.examples)
+
+    def cuts_of(self, examples: list[Example]) -> list[list[Example]]:
+        """The micro-batches of a step, where the buffer does not limit them."""
+        return list(self.trainer._cut(examples))
+
+    def fix_batches(self) -> None:
+        """Collate the records once and for all."""
+        self.trainer.data_collator = FixedBatches(Collator(TOKENIZER, self.trainer.spec), self.examples)
 
     @property
     def clip_norm(self) -> float:
@@ -170,7 +178,7 @@ def make_scene(folder: Path, case: Case, draw: Draw, model: Any = None, **change
     )
     trainer._moved = True  # no optimiser steps here, so nothing has to move between two calls
     scene = Scene(trainer, list(trainer.train_dataset))
-    trainer.data_collator = FixedBatches(trainer.data_collator, scene.examples)
+    scene.fix_batches()
     norms = sorted(unit_gradients(scene).values(), key=lambda g: float(g.norm()))
     scene.plan(clip_norm=draw.clip_factor * float(norms[len(norms) // 2].norm()))
     return scene

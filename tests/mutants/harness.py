@@ -110,7 +110,7 @@ def _outcome(copy: Path, tests: Sequence[str]) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         os._exit(_in_child(lambda: _run_tests(copy, tests, report), output))
-    _, status = os.waitpid(child, 0)
+    _, status, used = os.wait4(child, 0)
     found: dict[str, Any] = {"file": "", "failed": {}, "passed": []}
     if report.is_file():
         found |= json.loads(report.read_text())
@@ -118,6 +118,7 @@ def _outcome(copy: Path, tests: Sequence[str]) -> dict[str, Any]:
     return {
         "exit": os.waitstatus_to_exitcode(status),
         "seconds": time.monotonic() - started,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
         "output": text[-4000:],
         **found,
     }
@@ -170,11 +171,11 @@ def _run_tests(copy: Path, tests: Iterable[str], report: Path) -> int:
     import dpmed
 
     loaded = [getattr(m, "__file__", None) for name, m in sys.modules.items() if name.split(".")[0] == "dpmed"]
-    strangers = [file for file in loaded if file and not Path(file).is_relative_to(copy)]
-    found = {"file": str(dpmed.__file__), "failed": recorder.failed, "passed": recorder.passed}
+    strangers = [file for file in loaded if file and Path(file).is_relative_to(ROOT / "dpmed")]
+    found: dict[str, Any] = {"file": str(dpmed.__file__), "failed": recorder.failed, "passed": recorder.passed}
     report.write_text(json.dumps(found))
-    if strangers or len(loaded) < 2:
-        print("not of the copy:", strangers)
+    if strangers or not Path(found["file"]).is_relative_to(copy):
+        print("not of the copy:", strangers or found["file"])
         return CRASHED
     return status
 

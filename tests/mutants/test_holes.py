@@ -25,7 +25,7 @@ from dpmed.privacy import ranks
 from dpmed.privacy.charged_run import OWN_CHARGES
 from dpmed.runs import WHOLE, last_checkpoint, read_json
 from dpmed.trainers import base
-from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig
+from dpmed.trainers.dp_lora import DPLoRATrainer
 
 
 class Killed(BaseException):
@@ -55,14 +55,14 @@ def test_the_seed_of_the_run_does_not_fix_who_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["fast", "secure"])
-def test_only_the_first_rank_adds_noise(secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path, make_plan(secure=secure))
+def test_only_the_first_rank_adds_noise(secure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = make_plan(secure=secure).noise()
     monkeypatch.setattr(ranks, "several", lambda: True)
     monkeypatch.setattr(ranks, "sum_over_ranks_", lambda flat: flat)
     monkeypatch.setattr(ranks, "from_first_rank_", lambda tensors: None)
     for rank, adds in ((0, True), (1, False)):
-        monkeypatch.setattr(DPLoRATrainingConfig, "process_index", property(lambda self, rank=rank: rank))
-        assert bool((trainer._noised(torch.zeros(50)) != 0).any()) is adds
+        monkeypatch.setattr(ranks.dist, "get_rank", lambda rank=rank: rank)
+        assert bool((ranks.noised_sum_(torch.zeros(50), noise) != 0).any()) is adds
 
 
 # --- Charged before it leaves -----------------------------------------------------------------------------------------
@@ -133,6 +133,17 @@ def test_whatever_leaves_the_trainer_in_the_middle_of_a_run_is_charged_first(
     assert seen == [2]
 
 
+class StopAt(TrainerCallback):
+    """Ends training after a step, as if the run had been stopped there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+        return control
+
+
 class Looks(TrainerCallback):
     """A callback of a user's, which could keep the weights that it is shown."""
 
@@ -191,6 +202,18 @@ def test_a_run_goes_on_with_its_own_records_and_model_only(
         model = with_lora(tiny_models.make_model("llama", seed=1), "causal_lm")
     with pytest.raises(PrivacyError, match={"records": "differs in data", "model": "differs in model"}[other]):
         make_trainer(tmp_path, plan, model=model).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_steps_that_were_lost_are_not_run_again(tmp_path: Path) -> None:
+    """Of 6 steps 4 were charged when the run was killed in its second checkpoint: it goes on from 2 for 2 more."""
+    plan, saves = make_plan(n_steps=6), {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, plan, callbacks=[StopAt(4)], **saves).train()
+    (tmp_path / "checkpoint-4" / WHOLE).unlink()
+    again = make_trainer(tmp_path, plan, **saves)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert charged(tmp_path) == again.privacy_spent()["n_steps"] == 6
+    assert again.privacy_spent()["n_steps_lost"] == 2
 
 
 @pytest.fixture(scope="module")
