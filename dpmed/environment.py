@@ -41,7 +41,11 @@ def prepare(*, online: bool) -> None:
 
     `online` leaves the offline variables as they are: an administrator's HF_HUB_OFFLINE=1 outlives the flag.
     """
+    import warnings
+
     os.environ.update(QUIET if online else OFFLINE | QUIET)
+    # deprecation notices from one library to another say nothing to a user
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
 def versions() -> dict[str, str]:

@@ -37,7 +37,7 @@ from dpmed.runs import (
 from dpmed.splits import Splits, load_splits, split_counts, task_spec
 from dpmed.trainers import DPLoRATrainer, DPLoRATrainingConfig
 from dpmed.trainers.base import DpmedTrainer, MetricsFile, TrainingConfig
-from dpmed.training_setup import make_plan, make_trainer, trainer_steps, training_arguments
+from dpmed.training_setup import check_budget, make_plan, make_trainer, trainer_steps, training_arguments
 from dpmed.utility import utility, validation_thresholds
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def train(
     n_units = len(set(splits.train["unit"]))
     args = training_arguments(recipe, output_dir, n_examples=len(splits.train), n_units=n_units)
     plan = make_plan(recipe, args, n_units=n_units)
+    if not resume:  # a run that goes on is checked with what it was charged already
+        check_budget(args, plan, set(splits.train["unit"]))
     claim_output_dir(output_dir, resume=resume)
     record = _open_run(output_dir, recipe, splits, resume=resume, name=name, setting=setting)
     record["method"] = method_name or recipe.method

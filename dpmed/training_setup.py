@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from peft import PeftModel
 
 from dpmed.errors import InputError
 from dpmed.models import load_model
+from dpmed.privacy.ledger import PrivacyLedger, ledger_path
 from dpmed.trainers import METHODS, DPLoRATrainingConfig, SANITrainingConfig
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 from dpmed.trainers.dp_lora import plan_for
@@ -133,3 +135,12 @@ def make_plan(recipe: Recipe, args: TrainingConfig, *, n_units: int) -> PrivacyP
     if not isinstance(args, DPLoRATrainingConfig):
         return None
     return plan_for(args, n_units=n_units, unit=recipe.data.unit or "")
+
+
+def check_budget(args: TrainingConfig, plan: PrivacyPlan | None, units: Iterable[str]) -> None:
+    """Refuse a new run that the units' budget does not allow, before a folder is made or a model loaded.
+
+    Raises: BudgetError.
+    """
+    if isinstance(args, DPLoRATrainingConfig) and plan is not None and (path := ledger_path(args.ledger)) is not None:
+        PrivacyLedger(path).check_new_run(units, plan, budget_epsilon=args.budget_epsilon)

@@ -18,7 +18,7 @@ from tiny_runs import LABELS, N_HELDOUT, N_TRAIN, RECORDS_PER_UNIT, World, figur
 
 import tiny_models
 from dpmed import pipeline
-from dpmed.errors import InputError
+from dpmed.errors import BudgetError, InputError
 from dpmed.models import read_task_card
 from dpmed.recipe import Recipe
 from dpmed.recipe_io import dump_recipe, load_recipe
@@ -368,3 +368,23 @@ def test_the_revision_of_a_hub_model_is_the_one_that_is_measured(world: World, m
     pipeline.evaluate_weights("owner/name", recipe, splits)
     assert asked == [("owner/name", "abc"), ("owner/name", "abc"), ("owner/base", None)]
     assert "revision: abc" in dump_recipe(recipe)
+
+
+# --- The ledger -------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_on_the_same_patients_compose_and_a_third_over_the_budget_starts_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"ledger": str(tmp_path / "ledger.sqlite"), "target_epsilon": 4.0}
+    runs = [pipeline.train(world.recipe("dp_lora", privacy=own), tmp_path / str(i)) for i in range(2)]
+    assert [run["status"] for run in runs] == ["finished", "finished"]
+    first, second = (json.loads((tmp_path / str(i) / "privacy.json").read_text()) for i in range(2))
+    assert first["epsilon"] == second["epsilon"] == first["ledger"]["epsilon_of_all_runs"]
+    composed = second["ledger"]["epsilon_of_all_runs"]
+    assert first["epsilon"] < composed < 2 * first["epsilon"]
+    monkeypatch.setattr(pipeline, "make_trainer", lambda *_: pytest.fail("a model was loaded"))
+    third = world.recipe("dp_lora", privacy={**own, "budget_epsilon": composed * 1.01})
+    with pytest.raises(BudgetError, match="budget"):
+        pipeline.train(third, tmp_path / "third")
+    assert not (tmp_path / "third").exists()

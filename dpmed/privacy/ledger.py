@@ -110,28 +110,24 @@ class PrivacyLedger:
             mechanism is not the one that the run was started with, if the plan is for another number of units, or if
             the ledger's chain is broken; InputError if the budget is no number above 0.
         """
-        own = None if budget_epsilon is None else Budget(None, _above_zero(budget_epsilon, "the budget"), plan.delta)
-        hashes = self._store.unit_hashes(units)
-        if len(hashes) != plan.n_units:
-            raise PrivacyError(
-                f"the data has {len(hashes)} units, the privacy plan {plan.n_units}: make the plan from this data"
-            )
-        record = RunRecord(
-            run_id=run_id or secrets.token_hex(8),
-            dataset=_dataset_id(hashes),
-            unit=plan.unit,
-            noise_multiplier=plan.noise_multiplier,
-            sampling_rate=plan.sampling_rate,
-            delta=plan.delta,
-            private=plan.private,
-            n_planned=plan.n_steps,
-        )
-        self._refuse_broken()
+        record, hashes = self._record_of(units, plan, run_id)
+        own = _own_budget(plan, budget_epsilon)
         with self._store.reading() as connection:
             _refuse_other(view.read_runs(connection).get(record.run_id), record)  # before anything is written
         self._register(hashes)
         self._admit_run(record, own)
         return RunCharges(self, record.run_id, record.dataset, own)
+
+    def check_new_run(self, units: Iterable[str], plan: PrivacyPlan, *, budget_epsilon: float | None = None) -> None:
+        """Refuse what `open_run` would refuse of a new run, before models are loaded; no run is registered.
+
+        Raises: as `open_run`.
+        """
+        record, hashes = self._record_of(units, plan, None)
+        self._register(hashes)
+        with self._store.reading() as connection:
+            spending = self._spending(connection, record.dataset)
+        self._check_rest(spending, record, _own_budget(plan, budget_epsilon))
 
     def set_budget(self, dataset: str, *, epsilon: float, delta: float) -> None:
         """Limit what any unit of a data set may be charged, over all its runs; the newest budget of a data set counts.
@@ -189,6 +185,26 @@ class PrivacyLedger:
         """
         with self._store.reading() as connection:
             return chain.all_problems(connection)
+
+    def _record_of(self, units: Iterable[str], plan: PrivacyPlan, run_id: str | None) -> tuple[RunRecord, list[bytes]]:
+        """The run as the ledger knows it, and its units' hashes; refuses a broken ledger."""
+        hashes = self._store.unit_hashes(units)
+        if len(hashes) != plan.n_units:
+            raise PrivacyError(
+                f"the data has {len(hashes)} units, the privacy plan {plan.n_units}: make the plan from this data"
+            )
+        self._refuse_broken()
+        record = RunRecord(
+            run_id=run_id or secrets.token_hex(8),
+            dataset=_dataset_id(hashes),
+            unit=plan.unit,
+            noise_multiplier=plan.noise_multiplier,
+            sampling_rate=plan.sampling_rate,
+            delta=plan.delta,
+            private=plan.private,
+            n_planned=plan.n_steps,
+        )
+        return record, hashes
 
     def _register(self, hashes: list[bytes]) -> str:
         dataset = _dataset_id(hashes)
@@ -300,6 +316,10 @@ def _refuse_other(known: RunRecord | None, record: RunRecord) -> None:
             f"run {record.run_id} cannot go on, the ledger has another {', '.join(different)} for it: resume with the"
             " data and the plan that it was started with, or start a new run"
         )
+
+
+def _own_budget(plan: PrivacyPlan, epsilon: float | None) -> Budget | None:
+    return None if epsilon is None else Budget(None, _above_zero(epsilon, "the budget"), plan.delta)
 
 
 def _above_zero(epsilon: float, what: str) -> float:

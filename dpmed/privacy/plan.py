@@ -307,7 +307,8 @@ class PrivacyPlan:
         """The rest of the trade-off beside one (epsilon, delta): other deltas, and what an attacker can reach."""
         from dpmed.privacy.attack_bounds import attack_bounds
 
-        deltas = [delta for exponent in range(1, -4, -1) if (delta := self.delta * 10.0**exponent) < 1]
+        shifted = [float(f"{self.delta * 10.0**exponent:.9g}") for exponent in range(1, -4, -1)]
+        deltas = [delta for delta in shifted if delta < 1]
         run = {"noise_multiplier": self.noise_multiplier, "sampling_rate": self.sampling_rate, "n_steps": n_steps}
         curve = accounting.epsilon_curve(**run, deltas=deltas)
         bounds = attack_bounds([(self.noise_multiplier, self.sampling_rate, n_steps)])

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpmed.errors import PrivacyError
+from dpmed.errors import InputError, PrivacyError
 from dpmed.privacy.plan import PrivacyPlan
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class RunState:
             return cls(**{**values, "plan": PrivacyPlan.from_dict(values["plan"])})
         except FileNotFoundError:
             raise PrivacyError(f"{folder.name} has no {STATE_FILE}; it is no DP run, start anew") from None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, InputError):
             raise PrivacyError(f"{folder.name}/{STATE_FILE} cannot be read; start anew in another folder") from None
 
     def to_json(self) -> str:

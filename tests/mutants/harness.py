@@ -56,6 +56,8 @@ OPTIONS = (
 
 def main(result: Path, names: Sequence[str]) -> None:
     """Try all mutants, or the named ones, and first the package as it is on all of their tests."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those that are needed are named; others cost a second each
     os.environ["CI"] = "1"  # hypothesis then draws the same examples each time, and keeps none
     _import_libraries()

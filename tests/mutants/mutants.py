@@ -57,9 +57,8 @@ COVERAGE = (
         (f"{LOOP}[clip-all-bert-classification]",),
         also=(
             (
-                "self.layers = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]",
-                "kept = {id(p) for p in self.parameters}\n"
-                "        self.layers = [m for m in model.modules() if kept & {id(p) for p in m.parameters(recurse=False)}]",
+                "if any(p.requires_grad for p in m.parameters(recurse=False))]",
+                "if {id(p) for p in self.parameters} & {id(p) for p in m.parameters(recurse=False)}]",
             ),
         ),
     ),

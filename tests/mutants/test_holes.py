@@ -1,4 +1,4 @@
-"""What mutants showed that no other test would notice: charges before releases, draws and noise of a start, resuming."""
+"""What no other test would notice, as mutants showed: charges before releases, draws and noise of a start, resuming."""
 
 from __future__ import annotations
 
