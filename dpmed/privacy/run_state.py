@@ -66,6 +66,7 @@ class RunState:
         file = folder / STATE_FILE
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
+            del values["private"]
             return cls(**{**values, "plan": PrivacyPlan.from_dict(values["plan"])})
         except FileNotFoundError:
             raise PrivacyError(f"{folder.name} has no {STATE_FILE}; it is no DP run, start anew") from None
@@ -74,7 +75,7 @@ class RunState:
 
     def to_json(self) -> str:
         """What `read` reads."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps({**asdict(self), "private": self.plan.private}, indent=1) + "\n"
 
     def differences(self, other: RunState) -> list[str]:
         """What differs between two states of one run: fields of the plan, "data", "units", "model"."""

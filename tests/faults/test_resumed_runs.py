@@ -9,15 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from faults import dp_runs
 from faults.dp_runs import make_plan, make_trainer, weights
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+import tiny_models
 from dpmed.errors import InputError, PrivacyError
+from dpmed.privacy.ledger import PrivacyLedger
 from dpmed.privacy.plan import PrivacyPlan
 from dpmed.privacy.run_state import STATE_FILE
 from dpmed.privacy.sampling import PoissonUnitSampler
 from dpmed.runs import mark_whole
+from dpmed.trainers.base import MetricsFile
 from dpmed.trainers.dp_lora import DPLoRATrainer
 
 
@@ -39,11 +45,21 @@ def test_all_else_is_the_same_so_the_difference_is_the_noise(tmp_path: Path) -> 
 
 
 def test_a_fixed_noise_seed_marks_the_run_as_not_private(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, make_plan(noise_seed=3))
+    trainer = make_trainer(tmp_path, make_plan(noise_seed=3), save_strategy="steps", save_steps=2)
+    trainer.add_callback(MetricsFile(tmp_path / "metrics.jsonl"))
     trainer.train()
     spent = trainer.privacy_spent()
     assert (spent["private"], spent["epsilon"]) == (False, None)
     assert "noise_seed" in spent["why"]
+    trainer.save_weights(tmp_path / "adapter")
+    marked = [
+        path for path in sorted(tmp_path.rglob("*")) if path.is_file() and b'"private": false' in path.read_bytes()
+    ]
+    names = {path.relative_to(tmp_path).as_posix() for path in marked}
+    checkpoint = {f"checkpoint-2/{name}" for name in ("privacy_run.json", "trainer_state.json")}
+    assert names >= {"privacy_run.json", "metrics.jsonl", "adapter/privacy.json", *checkpoint}
+    (dataset,) = PrivacyLedger(tmp_path / "charges.sqlite").datasets()
+    assert [run["private"] for run in dataset["runs"]] == [False]
 
 
 def share_of_differences(a: Tensor, b: Tensor) -> float:
@@ -124,6 +140,78 @@ CHANGES: list[dict[str, Any]] = [
 def test_another_plan_cannot_resume(change: dict[str, Any], stopped: Path, tmp_path: Path) -> None:
     with pytest.raises(PrivacyError, match=next(iter(change))):
         resumed(tmp_path, str(stopped), replace(make_plan(n_steps=4), **change))
+
+
+def other_text(records: Dataset) -> Dataset:
+    return records.map(lambda row: {"text": row["text"].replace("Patient 3", "Patient 4")})
+
+
+def other_units(records: Dataset) -> Dataset:
+    return records.map(lambda row: {"unit": row["unit"].replace("p3", "p9")})
+
+
+@pytest.mark.parametrize(("change", "named"), [(other_text, "data"), (other_units, "units")])
+def test_other_records_or_units_cannot_resume(
+    change: Any, named: str, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = change(dp_runs.make_records())
+    monkeypatch.setattr(dp_runs, "make_records", lambda: changed)
+    with pytest.raises(PrivacyError, match=rf"cannot resume checkpoint-2: this run differs in .*\b{named}$"):
+        resumed(tmp_path, stopped)
+
+
+def test_another_base_model_cannot_resume(stopped: Path, tmp_path: Path) -> None:
+    other = dp_runs.with_lora(tiny_models.make_model("llama", seed=1), "causal_lm")
+    trainer = make_trainer(tmp_path, make_plan(n_steps=4), model=other)
+    with pytest.raises(PrivacyError, match=r"this run differs in model$"):
+        trainer.train(resume_from_checkpoint=str(stopped))
+
+
+def test_an_exception_leaves_no_uncharged_step_in_memory(tmp_path: Path) -> None:
+    """A crash costs nothing, and nothing of the steps since the last charge can be looked at."""
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise RuntimeError
+
+    Fails.__module__ = "dpmed.tests"  # one of our own: a callback of the user's is charged for each step
+    changes = {"save_strategy": "steps", "save_steps": 2, "callbacks": [Fails()]}
+    trainer = make_trainer(tmp_path, make_plan(n_steps=4), **changes)
+    with pytest.raises(RuntimeError):
+        trainer.train()
+    assert trainer.privacy_spent()["n_steps"] == 2
+    saved = load_file(str(tmp_path / "checkpoint-2" / "adapter_model.safetensors"))
+    flat = torch.cat([saved[name].reshape(-1) for name in sorted(saved)])
+    assert float(weights(trainer).double().sum()) == pytest.approx(float(flat.double().sum()), abs=1e-6)
+    assert trainer.optimizer is None
+
+
+def test_a_callback_of_the_user_is_charged_for_before_it_looks(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Looks(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            (dataset,) = PrivacyLedger(tmp_path / "charges.sqlite").datasets()
+            seen.append(dataset["runs"][0]["n_steps"])
+
+    make_trainer(tmp_path, callbacks=[Looks()]).train()
+    assert seen == [1, 2, 3]
+
+
+def test_an_interrupted_run_is_charged_and_saves_what_was_charged(tmp_path: Path) -> None:
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    Stops.__module__ = "dpmed.tests"
+    trainer = make_trainer(tmp_path, make_plan(n_steps=4), save_strategy="steps", save_steps=2, callbacks=[Stops()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.privacy_spent()["n_steps"] == 3
+    again = resumed(tmp_path, True)
+    assert (again.state.global_step, again.privacy_spent()["n_steps"]) == (4, 4)
 
 
 @pytest.mark.parametrize("how", [True, "path"])

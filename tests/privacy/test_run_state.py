@@ -87,6 +87,7 @@ def test_two_runs_on_the_same_data_have_nothing_in_common() -> None:
 def test_it_reads_what_it_wrote(tmp_path: Path) -> None:
     (tmp_path / STATE_FILE).write_text(state().to_json())
     assert RunState.read(tmp_path) == state()
+    assert json.loads(state().to_json())["private"] is True
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps({"plan": {"unit": "x"}})])

@@ -88,7 +88,8 @@ def test_the_first_screen_answers_the_officer(report: Path) -> None:
 def test_the_rest_names_certificates_reasons_failures_and_versions(report: Path) -> None:
     text = _Page(report.read_text(encoding="utf-8")).text
     for expected in ("dp_lora-eps3-s0", "add or remove one unit", "no canaries were planted", "out of memory",
-                     "torch 2.13.0", "11.52", "13.8 %", "An AUC below 0.5 is not “more private”", "seeds 0."):  # fmt: skip
+                     "torch 2.13.0", "11.52", "13.8 %",
+                     "An AUC below 0.5 is not “more private”", "seeds 0."):  # fmt: skip
         assert expected in text
 
 

@@ -1,0 +1,446 @@
+"""Kills tiny DP runs at random moments, resumes them until they finish, and checks what the ledger knew at each moment.
+
+One process imports everything once and forks a child per start of a run. The child writes down each draw, each noise
+and each write of weights before it happens; the parent kills it in steps and in saves, and compares those facts with
+the ledger on the disk.
+
+Run as `python -m faults.kill_harness RESULT.json KILLS` with the tests' folder as working directory.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import random
+import select
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from faults.dp_runs import make_plan, make_trainer
+from peft import peft_model
+from torch import Tensor
+
+from dpmed.privacy import accounting, sampling
+from dpmed.privacy.charged_run import OWN_CHARGES
+from dpmed.privacy.ledger import PrivacyLedger
+from dpmed.privacy.noise import GaussianNoise
+from dpmed.privacy.plan import PrivacyPlan
+from dpmed.privacy.run_state import STATE_FILE, RunState
+from dpmed.runs import last_checkpoint, read_json
+from dpmed.trainers.dp_lora import CERTIFICATE, DPLoRATrainer
+
+Fault = Literal["charge after save", "fixed seed", "run forgotten"]
+Place = Literal["start", "step", "save", "weights"]
+N_STEPS, SAVE_STEPS = 12, 2
+MAX_KILLS = 9
+"""Of one run; then it is left to finish."""
+SILENT_SECONDS = 120.0
+"""After that long without a word a child counts as hung."""
+FAST_DISK = Path("/dev/shm")
+"""A kill takes nothing from a file system that it would not take from a disk, so the waiting for a disk is left out."""
+
+
+@dataclass
+class Run:
+    """One DP run over all its starts, and what was seen of it."""
+
+    folder: Path
+    ledger: Path | None
+    """None: the recipe's "none", the run keeps its own charges in its folder."""
+    fault: Fault | None = None
+    starts: int = 0
+    kills: Counter[Place] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def facts(self) -> Path:
+        return self.folder.with_suffix(".facts")
+
+    @property
+    def charges(self) -> Path:
+        return self.ledger or self.folder / OWN_CHARGES
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        return make_plan(n_steps=N_STEPS, expected_batch_units=3, noise_seed=3 if self.fault == "fixed seed" else None)
+
+
+# --- The child: one start of a run ------------------------------------------------------------------------------------
+
+
+class Facts:
+    """What a start does, on the disk before it does it: each line survives a kill right after it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.n_noises = run, 0
+        self._file = os.open(run.facts, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def tell(self, kind: str, **values: Any) -> None:
+        line = json.dumps({"start": self.run.starts, "kind": kind, **values}) + "\n"
+        os.write(self._file, line.encode())
+        os.fsync(self._file)
+
+    def spy(self) -> None:
+        """Write down raw draws, noise, and writes of weights and of the optimizer's moments."""
+        make_uniforms, add = sampling._fast_uniforms, GaussianNoise.add_
+
+        def fast_uniforms(seed: int | None, rank: int) -> Callable[[int], np.ndarray]:
+            uniforms = make_uniforms(seed, rank)
+            return lambda n: self._draw(uniforms(n))
+
+        def add_(noise: GaussianNoise, flat: Tensor) -> Tensor:
+            numbers = add(noise, torch.zeros_like(flat))  # alone, since a sum with other data would hide a repetition
+            self.n_noises += 1
+            self.tell("noise", hash=hashlib.sha256(numbers.numpy().tobytes()).hexdigest())
+            return flat.add_(numbers)
+
+        sampling._fast_uniforms = fast_uniforms
+        GaussianNoise.add_ = add_
+        for module, name in ((peft_model, "safe_save_file"), (torch, "save")):
+            setattr(module, name, self._told_write(getattr(module, name)))
+
+    def _draw(self, numbers: np.ndarray) -> np.ndarray:
+        self.tell("draw", hash=hashlib.sha256(numbers.tobytes()).hexdigest())
+        return numbers
+
+    def _told_write(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any, **kwargs: Any) -> Any:
+            # each noise of this start is a step that the weights contain beyond the checkpoint that it went on from
+            self.tell("write", steps=self.n_noises, charged=charged_steps(self.run))
+            return write(*args, **kwargs)
+
+        return told
+
+
+def watched_trainer(say: Callable[[bytes], None], fault: Fault | None) -> type[DPLoRATrainer]:
+    """A trainer that says when steps and saves begin, and may have a fault."""
+
+    class Watched(DPLoRATrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            say(b"t")
+            return super().training_step(*args, **kwargs)
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            say(b"s")
+            if fault == "charge after save":
+                self.charge = lambda: None
+            super()._save_checkpoint(model, trial)
+            if fault == "charge after save":
+                del self.charge
+                self.charge()
+            say(b"e")
+
+    return Watched
+
+
+def start_run(run: Run, say: Callable[[bytes], None]) -> None:
+    """Train from where the run stands, as `dpmed train --resume` does, to its end."""
+    facts = Facts(run)
+    facts.spy()
+    checkpoint, run_id = last_checkpoint(run.folder), None
+    if checkpoint is None and (run.folder / STATE_FILE).is_file() and run.fault != "run forgotten":
+        run_id = RunState.read(run.folder).run_id
+    trainer = make_trainer(
+        run.folder,
+        run.plan,
+        trainer=watched_trainer(say, run.fault),
+        save_strategy="steps",
+        save_steps=SAVE_STEPS,
+        save_total_limit=1,
+        ledger="none" if run.ledger is None else str(run.ledger),
+        run_id=run_id,
+    )
+    trainer.train(resume_from_checkpoint=True if checkpoint else None)
+    say(b"w")
+    trainer.save_weights(run.folder / "adapter")
+
+
+# --- The parent: kills ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aim:
+    """When to kill: `delay` seconds after the start, its first step, its n-th save, or the saving of the result."""
+
+    place: Place
+    delay: float
+    nth: int = 1
+
+    def met(self, events: str) -> bool:
+        sign = {"start": "", "step": "t", "save": "s", "weights": "w"}[self.place]
+        return not sign or events.count(sign) >= self.nth
+
+
+def place_of(events: str) -> Place:
+    """Where a start was when it ended, by what it had said."""
+    if "w" in events:
+        return "weights"
+    if "s" in events and events.rindex("s") > events.rfind("e"):
+        return "save"
+    return "step" if "t" in events else "start"
+
+
+def attempt(run: Run, aim: Aim | None) -> dict[str, float]:
+    """One start of a run, killed as aimed; returns when it said what, in seconds since its start."""
+    run.starts += 1
+    ears, mouth = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ears)
+        os._exit(_in_child(run, mouth))
+    os.close(mouth)
+    try:
+        events, times = _listen(child, ears, aim)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)  # it has gone, or has to
+        _, status = os.waitpid(child, 0)
+        os.close(ears)
+    code = os.waitstatus_to_exitcode(status)
+    run.finished = code == 0
+    if code == -signal.SIGKILL:
+        run.kills[place_of(events)] += 1
+    elif code != 0:
+        run.problems.append(f"start {run.starts} failed: {run.folder.with_suffix('.error').read_text()[-1500:]}")
+    return times
+
+
+def _in_child(run: Run, mouth: int) -> int:
+    try:
+        start_run(run, lambda word: os.write(mouth, word) and None)
+        return 0
+    except BaseException:
+        run.folder.with_suffix(".error").write_text(traceback.format_exc())
+        return 1
+
+
+def _listen(child: int, ears: int, aim: Aim | None) -> tuple[str, dict[str, float]]:
+    """Follow a child until it ends, and kill it when the time has come."""
+    begun = time.monotonic()
+    events, kill_at = "", None
+    times: dict[str, float] = {}
+    while True:
+        if kill_at is None and aim is not None and aim.met(events):
+            kill_at = time.monotonic() + aim.delay
+        left = SILENT_SECONDS if kill_at is None else max(0.0, kill_at - time.monotonic())
+        if select.select([ears], [], [], left)[0]:
+            words = os.read(ears, 4096).decode()
+            if not words:
+                return events, times
+            events += words
+            for word in words:
+                times.setdefault(word, time.monotonic() - begun)
+            times["last"] = time.monotonic() - begun
+        elif kill_at is None:
+            raise TimeoutError(f"a child said nothing for {SILENT_SECONDS} seconds after {events!r}")
+        if kill_at is not None and time.monotonic() >= kill_at:
+            os.kill(child, signal.SIGKILL)
+            while words := os.read(ears, 4096).decode():  # what it said before it died
+                events += words
+            return events, times
+
+
+# --- The parent: checks -----------------------------------------------------------------------------------------------
+
+
+def charged_steps(run: Run) -> int:
+    """Steps charged to the run, read from the disk by other means than the package's; 0 where nothing is there yet."""
+    if not run.charges.is_file() or not (run.folder / STATE_FILE).is_file():
+        return 0
+    run_id = RunState.read(run.folder).run_id
+    with closing(sqlite3.connect(run.charges)) as connection:
+        query = "SELECT coalesce(sum(n_steps), 0) FROM entries WHERE kind = 'charge' AND run = ?"
+        return connection.execute(query, (run_id,)).fetchone()[0]
+
+
+def facts_of(run: Run) -> list[dict[str, Any]]:
+    if not run.facts.is_file():
+        return []
+    return [json.loads(line) for line in run.facts.read_text().splitlines()]
+
+
+def released_steps(run: Run) -> int:
+    """The truth: steps of all lineages whose weights ever touched the disk, each counted once."""
+    most: dict[int, int] = {}
+    for fact in facts_of(run):
+        if fact["kind"] == "write":
+            most[fact["start"]] = max(most.get(fact["start"], 0), fact["steps"])
+    return sum(most.values())
+
+
+def check_moment(run: Run) -> None:
+    """Right after a kill: all that is on the disk has been charged, and the ledger is whole."""
+    released, charged = released_steps(run), charged_steps(run)
+    if charged < released:
+        run.problems.append(f"charges: after kill {run.kills.total()} {charged} steps for {released} on the disk")
+    if run.charges.is_file():
+        run.problems += [f"ledger: {line}" for line in PrivacyLedger(run.charges, create=False).verify()]
+
+
+def check_writes(run: Run) -> None:
+    """At every moment when weights were about to touch the disk, the ledger already held their steps."""
+    most: dict[int, int] = {}
+    for fact in facts_of(run):
+        if fact["kind"] == "write":
+            most[fact["start"]] = max(most.get(fact["start"], 0), fact["steps"])
+            if fact["charged"] < sum(most.values()):
+                run.problems.append(f"charges: {fact['charged']} steps before {sum(most.values())} were written")
+
+
+def check_certificate(run: Run) -> dict[str, Any]:
+    """The certificate is that of at least the truth, and of no more than the plan."""
+    found, plan, released = read_json(run.folder / "adapter" / CERTIFICATE), run.plan, released_steps(run)
+    if not released <= found["n_steps"] <= plan.n_steps:
+        run.problems.append(f"certificate: {found['n_steps']} steps, {released} released, {plan.n_steps} planned")
+    epsilon = found["epsilon"]
+    if epsilon != plan.spent(found["n_steps"])["epsilon"] or (plan.private and epsilon < epsilon_of(plan, released)):
+        run.problems.append(f"certificate: epsilon {found['epsilon']} for {found['n_steps']} steps")
+    if found["n_steps"] != charged_steps(run):
+        run.problems.append(f"certificate: {found['n_steps']} steps, {charged_steps(run)} charged")
+    return found
+
+
+def epsilon_of(plan: PrivacyPlan, n_steps: int) -> float:
+    run = {"noise_multiplier": plan.noise_multiplier, "sampling_rate": plan.sampling_rate, "n_steps": n_steps}
+    return accounting.epsilon(**run, delta=plan.delta).epsilon
+
+
+def repeated(facts: list[dict[str, Any]]) -> dict[str, int]:
+    """How many draws and noises were seen before."""
+    kinds = {kind: [fact["hash"] for fact in facts if fact["kind"] == kind] for kind in ("draw", "noise")}
+    return {kind: len(hashes) - len(set(hashes)) for kind, hashes in kinds.items()}
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------------
+
+
+def random_aim(rng: random.Random, times: dict[str, float], run: Run) -> Aim | None:
+    """Somewhere in a start, steps and saves alike; None leaves the run to finish.
+
+    A run whose first checkpoint was killed too often would have no step left, which is refused as it should be.
+    """
+    if run.kills.total() >= MAX_KILLS or (last_checkpoint(run.folder) is None and charged_steps(run) > N_STEPS // 2):
+        return None
+    training = times["w"] - times["t"]
+    save = training / (2 * N_STEPS // SAVE_STEPS)
+    return rng.choices(
+        [
+            Aim("start", rng.uniform(0, times["t"])),
+            Aim("step", rng.uniform(0, training)),
+            Aim("save", rng.uniform(0, save), rng.randint(1, 3)),
+            Aim("weights", rng.uniform(0, save)),
+        ],
+        weights=[1, 4, 4, 1],
+    )[0]
+
+
+def kill_until_finished(run: Run, next_aim: Callable[[], Aim | None]) -> dict[str, Any]:
+    """Start, kill and resume a run until it finishes or a start fails; returns what was found."""
+    begun = time.monotonic()
+    while not run.finished and not any("failed" in problem for problem in run.problems):
+        attempt(run, next_aim())
+        check_moment(run)
+    check_writes(run)
+    certificate = check_certificate(run) if run.finished else {}
+    return {
+        "ledger": "own file" if run.ledger else "none",
+        "starts": run.starts,
+        "kills": dict(run.kills),
+        "problems": run.problems,
+        "finished": run.finished,
+        "released_steps": released_steps(run),
+        "charged_steps": charged_steps(run),
+        "lost_steps": certificate.get("n_steps_lost"),
+        "epsilon": certificate.get("epsilon"),
+        "repeated": repeated(facts_of(run)),
+        "seconds": round(time.monotonic() - begun, 2),
+    }
+
+
+def planted(folder: Path, fault: Fault, times: dict[str, float]) -> dict[str, Any]:
+    """A faulty run, killed where the fault shows."""
+    run, rng = Run(folder / fault.replace(" ", "-"), None, fault), random.Random(0)
+    save = (times["w"] - times["t"]) / (2 * N_STEPS // SAVE_STEPS)
+    place = "step" if fault == "fixed seed" else "save"
+
+    def aim() -> Aim | None:
+        seen = any(problem.startswith("charges") for problem in run.problems)
+        enough = seen if fault == "charge after save" else run.starts >= 2
+        return None if enough or run.starts >= 5 else Aim(place, rng.uniform(0.3, 0.7) * save)
+
+    return kill_until_finished(run, aim)
+
+
+def main(result: Path, n_kills: int) -> None:
+    """Kill at least `n_kills` times in as many runs as it takes, then plant the faults that the checks must see."""
+    begun, rng = time.monotonic(), random.Random()
+    runs: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
+    place = FAST_DISK if os.access(FAST_DISK, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="dpmed-kills-", dir=place) as name:
+        folder = Path(name)
+        warm_up(folder)
+        whole = Run(folder / "whole", None)
+        times = attempt(whole, None)  # unkilled: how long things take
+        while sum(sum(run["kills"].values()) for run in runs) < n_kills:
+            number = len(runs)
+            run = Run(folder / f"run-{number}", folder / f"ledger-{number}.sqlite" if number % 2 else None)
+            runs.append(kill_until_finished(run, lambda run=run: random_aim(rng, times, run)))
+            facts += facts_of(run)
+        seconds = time.monotonic() - begun
+        faults: tuple[Fault, ...] = ("charge after save", "fixed seed", "run forgotten")
+        found = {
+            "runs": runs,
+            "whole": whole.problems,
+            "repeated": repeated(facts),
+            "statistics": statistics(runs, facts, times, seconds),
+            "planted": {fault: planted(folder, fault, times) for fault in faults},
+        }
+    result.write_text(json.dumps(found, indent=1))
+
+
+def warm_up(folder: Path) -> None:
+    """What every child would do anew: imports of the libraries and the plan's cost. No training, so no threads."""
+    make_trainer(folder / "warm-up", Run(folder, None).plan)
+    Run(folder, None).plan.spent(N_STEPS)
+    gc.collect()
+    gc.freeze()
+
+
+def statistics(
+    runs: list[dict[str, Any]], facts: list[dict[str, Any]], times: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """What the closing note reports."""
+    kills = sum((Counter(run["kills"]) for run in runs), Counter())
+    return {
+        "runs": len(runs),
+        "starts": sum(run["starts"] for run in runs),
+        "kills": {"total": kills.total(), **kills},
+        "steps_released": sum(run["released_steps"] for run in runs),
+        "steps_charged": sum(run["charged_steps"] for run in runs),
+        "steps_lost": sum(run["lost_steps"] or 0 for run in runs),
+        "writes": sum(fact["kind"] == "write" for fact in facts),
+        "noises": sum(fact["kind"] == "noise" for fact in facts),
+        "draws": sum(fact["kind"] == "draw" for fact in facts),
+        "seconds": round(seconds, 1),
+        "seconds_of_a_whole_run": round(times["last"], 2),
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
