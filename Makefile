@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test gpu-test lint clean
+.PHONY: help install demo test gpu-test gpu-bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ test: $(VENV)/.ready  ## the whole test suite, offline
 
 gpu-test: $(VENV)/.ready  ## what needs a CUDA device
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 0 -m gpu
+
+gpu-bench: $(VENV)/.ready  ## speed and memory on a CUDA device; MODELS=DIR DATA=DIR for the rows that need them
+	$(BIN)/python benchmarks/speed/bench.py --device cuda $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data $(DATA))
 
 lint: $(VENV)/.ready  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Results:
         self.document: dict[str, Any] = {"settings": {}, "environment": {}, "measurements": [], "largest": {}}
         if path.is_file() and not fresh:
             self.document = json.loads(path.read_text(encoding="utf-8"))
+            self._forget_what_failed()
             before = {key: self.document["settings"].get(key) for key in settings.shared()}
             if before != settings.shared():
                 raise SystemExit(f"{path} was measured with {before}: pass --fresh, or another --output")
@@ -55,6 +57,13 @@ class Results:
         self.document["environment"] |= {"versions": versions(), "cpu_count": os.cpu_count(), "devices": []}
         known = {name for m in self.document["measurements"] if (name := m["row"])} | {row.name for row in rows}
         self._rows = [*rows, *(r for r in ROWS if r.name in known and r.name not in {row.name for row in rows})]
+
+    def _forget_what_failed(self) -> None:
+        """What was null is tried again: the model, the data or the device may be here now."""
+        self.document["measurements"] = [m for m in self.document["measurements"] if "null" not in m]
+        for known in self.document["largest"].values():
+            for column in [column for column, found in known.items() if not found["batch"]]:
+                del known[column]
 
     def find(self, row: Row, column: Column, repetition: int) -> dict[str, Any] | None:
         """What is known of a measurement; a column that cannot run here is null once, for all repetitions."""
@@ -115,7 +124,7 @@ def largest_batch(row: Row, column: Column, settings: Settings, measure: Measure
 
     One timed step after one of warm-up: memory is what is asked for.
     """
-    brief = Settings(**{**settings.__dict__, "steps": 1, "warmup": 1})
+    brief = replace(settings, steps=1, warmup=1)
     best: dict[str, Any] = {"batch": 0}
     size = 1
     while size <= LARGEST_TRIED:

@@ -124,7 +124,7 @@ def measure(job: Job) -> dict[str, Any]:
         watch = Stopwatch(work.model, warmup=job.settings.warmup, n_timed=job.n_timed, cuda=cuda)
         with tempfile.TemporaryDirectory(prefix="dpmed-speed-") as folder:
             train(work, job, folder)
-        return {**found, **watch.reading()}
+        return {**found, **_as_planned(watch.reading(), job)}
     except NotHere as reason:
         return {**found, "null": str(reason)}
     except (RuntimeError, NotImplementedError, ValueError, AssertionError, AttributeError) as error:
@@ -133,6 +133,14 @@ def measure(job: Job) -> dict[str, Any]:
     finally:
         if watch is not None:
             watch.detach()
+
+
+def _as_planned(reading: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The reading, if each step of a row of fixed length was one pass over the whole physical batch."""
+    passes, records = job.n_timed, job.n_timed * job.batch
+    if job.row.draw is None and (reading["passes"], reading["records"]) != (passes, records):
+        raise RuntimeError(f"{reading['passes']} passes over {reading['records']} records, not {passes} over {records}")
+    return reading
 
 
 def main() -> int:

@@ -109,14 +109,15 @@ def _config(row: Row) -> Any:
         )
     shapes = {"bert-small": (512, 4, 8, 2048, 30522), "tiny": (32, 2, 2, 64, 100)}
     hidden, layers, heads, inner, vocabulary = shapes[row.model]
-    return transformers.BertConfig(
+    bert: Any = transformers.BertConfig  # its annotations know no num_labels
+    return bert(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=inner,
         vocab_size=vocabulary,
         pad_token_id=0,
-        **{"num_labels": N_LABELS},
+        num_labels=N_LABELS,
     )
 
 

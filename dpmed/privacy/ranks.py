@@ -6,12 +6,15 @@ Every rank takes part in every step, whether it drew a unit or not. Without seve
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dpmed.errors import PrivacyError
 
 if TYPE_CHECKING:
     from dpmed.privacy.noise import GaussianNoise
@@ -27,10 +30,22 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """Where ranks meet. One that is gone makes the others fail there, which is no fault of theirs."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, and the base of torch.distributed's own
+        raise PrivacyError(
+            "this process lost the others that train with it: one of them has stopped, and its own message says why"
+        ) from error
+
+
 def sum_over_ranks_(flat: Tensor) -> Tensor:
     """Replace `flat` on every rank by the sum over ranks, in place; the same bits everywhere."""
     if several():
-        dist.all_reduce(flat)
+        with _together():
+            dist.all_reduce(flat)
     return flat
 
 
@@ -55,7 +70,7 @@ def noised_sum_(clipped: Tensor, noise: GaussianNoise) -> Tensor:
 def from_first_rank_(tensors: Iterable[Tensor]) -> None:
     """Replace tensors on every rank by those of rank 0, in place."""
     if several():
-        with torch.no_grad():
+        with torch.no_grad(), _together():
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
@@ -71,11 +86,13 @@ def most_of_all(value: int, device: torch.device) -> int:
     """The largest of the ranks' numbers, on every rank."""
     number = torch.tensor(value, dtype=torch.int64, device=device)
     if several():
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        with _together():
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
 
 
 def wait_for_all() -> None:
     """Go on when every rank has come here."""
     if several():
-        dist.barrier()
+        with _together():
+            dist.barrier()

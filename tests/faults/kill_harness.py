@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from faults.dp_runs import make_plan, make_trainer
 from peft import peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpmed.privacy import accounting, sampling
@@ -44,7 +45,7 @@ from dpmed.runs import last_checkpoint, read_json
 from dpmed.trainers.dp_lora import CERTIFICATE, DPLoRATrainer
 
 Fault = Literal["charge after save", "fixed seed", "run forgotten"]
-Place = Literal["start", "step", "save", "weights"]
+Place = Literal["start", "step", "save", "write", "weights"]
 N_STEPS, SAVE_STEPS = 12, 2
 MAX_KILLS = 9
 """Of one run; then it is left to finish."""
@@ -86,8 +87,8 @@ class Run:
 class Facts:
     """What a start does, on the disk before it does it: each line survives a kill right after it."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.n_noises = run, 0
+    def __init__(self, run: Run, die_after: int) -> None:
+        self.run, self.n_noises, self.n_writes, self.die_after = run, 0, 0, die_after
         self._file = os.open(run.facts, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def tell(self, kind: str, **values: Any) -> None:
@@ -103,14 +104,14 @@ class Facts:
             uniforms = make_uniforms(seed, rank)
             return lambda n: self._draw(uniforms(n))
 
-        def add_(noise: GaussianNoise, flat: Tensor) -> Tensor:
+        def add_(noise: Any, flat: Tensor) -> Tensor:
             numbers = add(noise, torch.zeros_like(flat))  # alone, since a sum with other data would hide a repetition
             self.n_noises += 1
             self.tell("noise", hash=hashlib.sha256(numbers.numpy().tobytes()).hexdigest())
             return flat.add_(numbers)
 
         sampling._fast_uniforms = fast_uniforms
-        GaussianNoise.add_ = add_
+        GaussianNoise.add_ = add_  # pyright: ignore[reportAttributeAccessIssue]
         for module, name in ((peft_model, "safe_save_file"), (torch, "save")):
             setattr(module, name, self._told_write(getattr(module, name)))
 
@@ -122,12 +123,16 @@ class Facts:
         def told(*args: Any, **kwargs: Any) -> Any:
             # each noise of this start is a step that the weights contain beyond the checkpoint that it went on from
             self.tell("write", steps=self.n_noises, charged=charged_steps(self.run))
-            return write(*args, **kwargs)
+            result = write(*args, **kwargs)
+            self.n_writes += 1
+            if self.n_writes == self.die_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
         return told
 
 
-def watched_trainer(say: Callable[[bytes], None], fault: Fault | None) -> type[DPLoRATrainer]:
+def watched_trainer(say: Callable[[bytes], Any], fault: Fault | None) -> type[DPLoRATrainer]:
     """A trainer that says when steps and saves begin, and may have a fault."""
 
     class Watched(DPLoRATrainer):
@@ -148,10 +153,9 @@ def watched_trainer(say: Callable[[bytes], None], fault: Fault | None) -> type[D
     return Watched
 
 
-def start_run(run: Run, say: Callable[[bytes], None]) -> None:
-    """Train from where the run stands, as `dpmed train --resume` does, to its end."""
-    facts = Facts(run)
-    facts.spy()
+def start_run(run: Run, say: Callable[[bytes], Any], die_after: int = 0) -> None:
+    """Train from where the run stands, as `dpmed train --resume` does, to its end; or die after so many writes."""
+    Facts(run, die_after).spy()
     checkpoint, run_id = last_checkpoint(run.folder), None
     if checkpoint is None and (run.folder / STATE_FILE).is_file() and run.fault != "run forgotten":
         run_id = RunState.read(run.folder).run_id
@@ -175,14 +179,17 @@ def start_run(run: Run, say: Callable[[bytes], None]) -> None:
 
 @dataclass(frozen=True)
 class Aim:
-    """When to kill: `delay` seconds after the start, its first step, its n-th save, or the saving of the result."""
+    """When to kill: `delay` seconds after the start, its first step, its n-th save, or the saving of the result.
+
+    "write" is exact: the child kills itself between its n-th write of weights or moments and whatever comes next.
+    """
 
     place: Place
-    delay: float
+    delay: float = 0.0
     nth: int = 1
 
     def met(self, events: str) -> bool:
-        sign = {"start": "", "step": "t", "save": "s", "weights": "w"}[self.place]
+        sign = {"start": "", "step": "t", "save": "s", "write": "never", "weights": "w"}[self.place]
         return not sign or events.count(sign) >= self.nth
 
 
@@ -202,13 +209,14 @@ def attempt(run: Run, aim: Aim | None) -> dict[str, float]:
     child = os.fork()
     if child == 0:
         os.close(ears)
-        os._exit(_in_child(run, mouth))
+        os._exit(_in_child(run, mouth, aim.nth if aim is not None and aim.place == "write" else 0))
     os.close(mouth)
     try:
         events, times = _listen(child, ears, aim)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)  # it has gone, or has to
         _, status = os.waitpid(child, 0)
         os.close(ears)
     code = os.waitstatus_to_exitcode(status)
@@ -220,9 +228,9 @@ def attempt(run: Run, aim: Aim | None) -> dict[str, float]:
     return times
 
 
-def _in_child(run: Run, mouth: int) -> int:
+def _in_child(run: Run, mouth: int, die_after: int) -> int:
     try:
-        start_run(run, lambda word: os.write(mouth, word) and None)
+        start_run(run, lambda word: os.write(mouth, word), die_after)
         return 0
     except BaseException:
         run.folder.with_suffix(".error").write_text(traceback.format_exc())
@@ -269,47 +277,57 @@ def charged_steps(run: Run) -> int:
 
 
 def facts_of(run: Run) -> list[dict[str, Any]]:
-    if not run.facts.is_file():
-        return []
-    return [json.loads(line) for line in run.facts.read_text().splitlines()]
+    return [json.loads(line) for line in run.facts.read_text().splitlines()] if run.facts.is_file() else []
 
 
-def released_steps(run: Run) -> int:
-    """The truth: steps of all lineages whose weights ever touched the disk, each counted once."""
+def released(run: Run) -> list[tuple[int, int]]:
+    """The truth at each write: steps of all lineages whose weights touched the disk, each once; and those charged."""
     most: dict[int, int] = {}
+    found: list[tuple[int, int]] = []
     for fact in facts_of(run):
         if fact["kind"] == "write":
             most[fact["start"]] = max(most.get(fact["start"], 0), fact["steps"])
-    return sum(most.values())
+            found.append((sum(most.values()), fact["charged"]))
+    return found
+
+
+def released_steps(run: Run) -> int:
+    return released(run)[-1][0] if released(run) else 0
 
 
 def check_moment(run: Run) -> None:
-    """Right after a kill: all that is on the disk has been charged, and the ledger is whole."""
-    released, charged = released_steps(run), charged_steps(run)
-    if charged < released:
-        run.problems.append(f"charges: after kill {run.kills.total()} {charged} steps for {released} on the disk")
+    """Right after a kill: all that is on the disk has been charged, the ledger is whole, the checkpoint too."""
+    truth, charged = released_steps(run), charged_steps(run)
+    if charged < truth:
+        run.problems.append(f"charges: after kill {run.kills.total()} {charged} steps for {truth} on the disk")
     if run.charges.is_file():
         run.problems += [f"ledger: {line}" for line in PrivacyLedger(run.charges, create=False).verify()]
+    if (checkpoint := last_checkpoint(run.folder)) is not None:
+        try:
+            load_file(checkpoint / "adapter_model.safetensors")
+            torch.load(checkpoint / "optimizer.pt", weights_only=True)
+            RunState.read(checkpoint)
+        except Exception as error:
+            run.problems.append(f"checkpoint: {checkpoint.name} is called whole and cannot be read: {error}")
 
 
 def check_writes(run: Run) -> None:
     """At every moment when weights were about to touch the disk, the ledger already held their steps."""
-    most: dict[int, int] = {}
-    for fact in facts_of(run):
-        if fact["kind"] == "write":
-            most[fact["start"]] = max(most.get(fact["start"], 0), fact["steps"])
-            if fact["charged"] < sum(most.values()):
-                run.problems.append(f"charges: {fact['charged']} steps before {sum(most.values())} were written")
+    for truth, charged in released(run):
+        if charged < truth:
+            run.problems.append(f"charges: {charged} steps when {truth} were about to be on the disk")
 
 
 def check_certificate(run: Run) -> dict[str, Any]:
     """The certificate is that of at least the truth, and of no more than the plan."""
-    found, plan, released = read_json(run.folder / "adapter" / CERTIFICATE), run.plan, released_steps(run)
-    if not released <= found["n_steps"] <= plan.n_steps:
-        run.problems.append(f"certificate: {found['n_steps']} steps, {released} released, {plan.n_steps} planned")
+    found, plan, truth = read_json(run.folder / "adapter" / CERTIFICATE), run.plan, released_steps(run)
+    if not truth <= found["n_steps"] <= plan.n_steps:
+        run.problems.append(f"certificate: {found['n_steps']} steps, {truth} released, {plan.n_steps} planned")
     epsilon = found["epsilon"]
-    if epsilon != plan.spent(found["n_steps"])["epsilon"] or (plan.private and epsilon < epsilon_of(plan, released)):
-        run.problems.append(f"certificate: epsilon {found['epsilon']} for {found['n_steps']} steps")
+    if epsilon != plan.spent(found["n_steps"])["epsilon"]:
+        run.problems.append(f"certificate: epsilon {epsilon} is not the plan's for {found['n_steps']} steps")
+    if plan.private and epsilon < epsilon_of(plan, truth):
+        run.problems.append(f"certificate: epsilon {epsilon} is below that of {truth} steps")
     if found["n_steps"] != charged_steps(run):
         run.problems.append(f"certificate: {found['n_steps']} steps, {charged_steps(run)} charged")
     return found
@@ -336,16 +354,18 @@ def random_aim(rng: random.Random, times: dict[str, float], run: Run) -> Aim | N
     """
     if run.kills.total() >= MAX_KILLS or (last_checkpoint(run.folder) is None and charged_steps(run) > N_STEPS // 2):
         return None
-    training = times["w"] - times["t"]
-    save = training / (2 * N_STEPS // SAVE_STEPS)
+    training, save = times["w"] - times["t"], times["e"] - times["s"]
+    step = max(0.002, training / N_STEPS - save / SAVE_STEPS)
     return rng.choices(
         [
             Aim("start", rng.uniform(0, times["t"])),
             Aim("step", rng.uniform(0, training)),
+            Aim("step", rng.uniform(0, step), rng.randint(1, N_STEPS)),
             Aim("save", rng.uniform(0, save), rng.randint(1, 3)),
+            Aim("write", nth=rng.randint(1, 15)),
             Aim("weights", rng.uniform(0, save)),
         ],
-        weights=[1, 4, 4, 1],
+        weights=[2, 4, 6, 3, 3, 2],
     )[0]
 
 
@@ -372,22 +392,21 @@ def kill_until_finished(run: Run, next_aim: Callable[[], Aim | None]) -> dict[st
     }
 
 
-def planted(folder: Path, fault: Fault, times: dict[str, float]) -> dict[str, Any]:
-    """A faulty run, killed where the fault shows."""
-    run, rng = Run(folder / fault.replace(" ", "-"), None, fault), random.Random(0)
-    save = (times["w"] - times["t"]) / (2 * N_STEPS // SAVE_STEPS)
-    place = "step" if fault == "fixed seed" else "save"
+def planted(folder: Path, fault: Fault) -> dict[str, Any]:
+    """A faulty run, killed between the first write of its weights and whatever follows; then it is let finish."""
+    run = Run(folder / fault.replace(" ", "-"), None, fault)
+    return kill_until_finished(run, lambda: None if run.starts else Aim("write", nth=1))
 
-    def aim() -> Aim | None:
-        seen = any(problem.startswith("charges") for problem in run.problems)
-        enough = seen if fault == "charge after save" else run.starts >= 2
-        return None if enough or run.starts >= 5 else Aim(place, rng.uniform(0.3, 0.7) * save)
 
-    return kill_until_finished(run, aim)
+def enough(runs: list[dict[str, Any]], n_kills: int) -> bool:
+    """So many kills in all, and a fifth of them in steps and in saves at least."""
+    kills = sum((Counter(run["kills"]) for run in runs), Counter())
+    return kills.total() >= n_kills and min(kills["step"], kills["save"]) >= n_kills // 5
 
 
 def main(result: Path, n_kills: int) -> None:
     """Kill at least `n_kills` times in as many runs as it takes, then plant the faults that the checks must see."""
+    torch.set_num_threads(1)
     begun, rng = time.monotonic(), random.Random()
     runs: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
@@ -397,7 +416,7 @@ def main(result: Path, n_kills: int) -> None:
         warm_up(folder)
         whole = Run(folder / "whole", None)
         times = attempt(whole, None)  # unkilled: how long things take
-        while sum(sum(run["kills"].values()) for run in runs) < n_kills:
+        while not enough(runs, n_kills):
             number = len(runs)
             run = Run(folder / f"run-{number}", folder / f"ledger-{number}.sqlite" if number % 2 else None)
             runs.append(kill_until_finished(run, lambda run=run: random_aim(rng, times, run)))
@@ -409,7 +428,7 @@ def main(result: Path, n_kills: int) -> None:
             "whole": whole.problems,
             "repeated": repeated(facts),
             "statistics": statistics(runs, facts, times, seconds),
-            "planted": {fault: planted(folder, fault, times) for fault in faults},
+            "planted": {fault: planted(folder, fault) for fault in faults},
         }
     result.write_text(json.dumps(found, indent=1))
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dpmed.errors import BudgetError
+from dpmed.privacy import ranks
 from dpmed.privacy.charged_run import ChargedRun
+from dpmed.privacy.noise import GaussianNoise
 from dpmed.privacy.plan import PrivacyPlan
 from dpmed.privacy.sampling import PoissonUnitSampler
 from dpmed.trainers.dp_lora import DPLoRATrainer
@@ -104,6 +106,22 @@ def zero_sums() -> Iterator[None]:
 def noise_alone(folder: Path, *, secure: bool) -> Seen:
     with zero_sums():
         return run(folder, make_plan(noise_multiplier=3.0, clip_norm=0.2, secure=secure), learning_rate=0.01)[1]
+
+
+def noise_of_each(folder: Path) -> Seen:
+    """The planted fault: every rank adds noise."""
+
+    def faulty(clipped: Tensor, noise: GaussianNoise) -> Tensor:
+        return ranks.sum_over_ranks_(noise.add_(clipped))
+
+    with mock.patch.object(ranks, "noised_sum_", faulty):
+        return noise_alone(folder, secure=False)
+
+
+def starts_of_each(folder: Path) -> Seen:
+    """The planted fault: every rank goes on with the adapters that it made."""
+    with mock.patch.object(ranks, "from_first_rank_", lambda tensors: None):
+        return different_start(folder)
 
 
 def noisy(folder: Path) -> Seen:
@@ -191,6 +209,8 @@ def main(folder: Path) -> None:
         "different_start": different_start(folder / "different_start"),
         "noise_fast": noise_alone(folder / "noise_fast", secure=False),
         "noise_secure": noise_alone(folder / "noise_secure", secure=True),
+        "noise_of_each": noise_of_each(folder / "noise_of_each"),
+        "starts_of_each": starts_of_each(folder / "starts_of_each"),
         "noisy": noisy(folder / "noisy"),
         "empty_share": empty_share(folder / "empty_share"),
         "tiny_rate": tiny_rate(folder / "tiny_rate"),

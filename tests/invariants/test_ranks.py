@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +34,9 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    """Asked for by a process of its own, since this one may open no socket."""
+    ask = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
+    return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def start_two(folder: Path) -> list[int]:
@@ -137,16 +136,29 @@ def test_a_rank_that_drew_nobody_takes_part(one: dict[str, Any], two: Ranks) -> 
 # --- Noise ------------------------------------------------------------------------------------------------------------
 
 
+def noise_in(seen: dict[str, Any]) -> torch.Tensor:
+    """What reached `.grad`, in units of noise_multiplier * C: [steps, p]."""
+    return torch.tensor(seen["sums"]) / (3.0 * 0.2)
+
+
+def variance_is_one(numbers: torch.Tensor) -> bool:
+    return abs(float(numbers.square().mean()) - 1) < SIGMAS * (2 / numbers.numel()) ** 0.5
+
+
 @pytest.mark.parametrize("scenario", ["noise_fast", "noise_secure"])
 def test_two_ranks_add_one_noise(scenario: str, two: Ranks) -> None:
     """Not one each, which would be sqrt(2) of it, nor their mean."""
-    numbers = torch.tensor(two[0][scenario]["sums"]) / (3.0 * 0.2)  # [steps, p]
-    n = numbers.numel()
-    assert abs(float(numbers.square().mean()) - 1) < SIGMAS * (2 / n) ** 0.5 < 0.2
-    assert abs(float(numbers.mean())) < SIGMAS / n**0.5
-    correlation = torch.corrcoef(numbers) - torch.eye(len(numbers))  # of the noise of different steps
-    assert float(correlation.abs().max()) < SIGMAS / numbers.shape[1] ** 0.5
+    numbers = noise_in(two[0][scenario])
+    assert variance_is_one(numbers)
+    assert abs(float(numbers.mean())) < SIGMAS / numbers.numel() ** 0.5
+    of_different_steps = torch.corrcoef(numbers) - torch.eye(len(numbers))
+    assert float(of_different_steps.abs().max()) < SIGMAS / numbers.shape[1] ** 0.5
     assert two[1][scenario]["sums"] == two[0][scenario]["sums"]
+
+
+def test_the_checks_see_noise_and_starts_of_each_rank(two: Ranks) -> None:
+    assert not variance_is_one(noise_in(two[0]["noise_of_each"]))
+    assert two[0]["starts_of_each"]["digests"] != two[1]["starts_of_each"]["digests"]
 
 
 # --- Books and checkpoints --------------------------------------------------------------------------------------------
@@ -168,7 +180,7 @@ def test_rank_0_alone_writes_and_charges(folder: Path) -> None:
     assert charged(own / "ledger0.sqlite") == [3]
     assert not (own / "ledger1.sqlite").exists()
     assert {"privacy_run.json", "checkpoint-2/adapter_model.safetensors"} <= names(own / "rank0")
-    assert names(own / "rank1") == {"checkpoint-2/rng_state_1.pth"}  # transformers' own, of each process
+    assert {name.split("/")[1] for name in names(own / "rank1")} == {"rng_state_1.pth"}  # transformers' own
 
 
 def test_each_step_is_charged_once_however_many_ranks_run_it(two: Ranks, folder: Path) -> None:
@@ -203,7 +215,7 @@ def test_the_certificate_counts_units_that_gave_nan_on_any_rank(two: Ranks) -> N
 def test_when_one_rank_stops_no_other_waits_for_it(two: Ranks) -> None:
     first, second = (rank["budget_ends"] for rank in two)
     assert first["error"] == "BudgetError"
-    assert second["error"] is not None
+    assert second["error"] == "PrivacyError"  # that it lost the others; not a fault to report
     assert second["seconds"] < 60
 
 
@@ -214,7 +226,7 @@ def test_torchrun_trains_by_the_command_line_what_one_process_trains(tmp_path: P
     world = make_world(tmp_path)
     recipe = world.recipe("dp_lora", privacy={"expected_batch_units": 3}, training={"save_every": 0.4})
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "dpmed", "train", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "two"), "--json"]
     done = subprocess.run(
         command,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +16,16 @@ from dpmed.errors import PrivacyError
 from dpmed.privacy.run_state import STATE_FILE, RunState
 
 
-def model(seed: int = 0) -> nn.Module:
+def model(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     made = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 2))
     made[0].requires_grad_(False)
     return made
 
 
-def state(run_id: str | None = "a1", **changes: object) -> RunState:
-    values = {"data": [b"one", b"two"], "units": UNITS, "model": model()}
-    return RunState.of(PLAN, run_id=run_id, **{**values, **changes})  # pyright: ignore[reportArgumentType]
+def state(run_id: str | None = "a1", **changes: Any) -> RunState:
+    values: dict[str, Any] = {"data": [b"one", b"two"], "units": UNITS, "model": model()}
+    return RunState.of(PLAN, run_id=run_id, **{**values, **changes})
 
 
 def other_frozen_weight() -> nn.Module:
@@ -55,7 +56,7 @@ def test_the_same_run_differs_in_nothing() -> None:
         ({"model": nn.Linear(3, 2)}, ["model"]),
     ],
 )
-def test_a_change_is_named(change: dict[str, object], named: list[str]) -> None:
+def test_a_change_is_named(change: dict[str, Any], named: list[str]) -> None:
     assert state(**change).differences(state()) == named
 
 
