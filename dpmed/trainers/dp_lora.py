@@ -349,6 +349,9 @@ class DPLoRATrainer(LoRATrainer):
         shown = {k: v for k, v in logs.items() if k not in PRIVATE_LOGS}
         super().log(shown if self.plan.private else {**shown, "private": False}, start_time)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Not computed: its only use is a log line that is dropped."""
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `transformers.Trainer.evaluate`; its figures tell of the weights, so their steps are charged first."""
         self.charge()

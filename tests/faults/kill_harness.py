@@ -240,8 +240,7 @@ def _in_child(run: Run, mouth: int, die_after: int) -> int:
 def _listen(child: int, ears: int, aim: Aim | None) -> tuple[str, dict[str, float]]:
     """Follow a child until it ends, and kill it when the time has come."""
     begun = time.monotonic()
-    events, kill_at = "", None
-    times: dict[str, float] = {}
+    events, times, kill_at = "", {}, None
     while True:
         if kill_at is None and aim is not None and aim.met(events):
             kill_at = time.monotonic() + aim.delay
@@ -282,12 +281,11 @@ def facts_of(run: Run) -> list[dict[str, Any]]:
 
 def released(run: Run) -> list[tuple[int, int]]:
     """The truth at each write: steps of all lineages whose weights touched the disk, each once; and those charged."""
-    most: dict[int, int] = {}
-    found: list[tuple[int, int]] = []
+    most, found = Counter[int](), []
     for fact in facts_of(run):
         if fact["kind"] == "write":
-            most[fact["start"]] = max(most.get(fact["start"], 0), fact["steps"])
-            found.append((sum(most.values()), fact["charged"]))
+            most[fact["start"]] = max(most[fact["start"]], fact["steps"])
+            found.append((most.total(), fact["charged"]))
     return found
 
 
@@ -297,8 +295,7 @@ def released_steps(run: Run) -> int:
 
 def check_moment(run: Run) -> None:
     """Right after a kill: all that is on the disk has been charged, the ledger is whole, the checkpoint too."""
-    truth, charged = released_steps(run), charged_steps(run)
-    if charged < truth:
+    if (charged := charged_steps(run)) < (truth := released_steps(run)):
         run.problems.append(f"charges: after kill {run.kills.total()} {charged} steps for {truth} on the disk")
     if run.charges.is_file():
         run.problems += [f"ledger: {line}" for line in PrivacyLedger(run.charges, create=False).verify()]
@@ -311,20 +308,12 @@ def check_moment(run: Run) -> None:
             run.problems.append(f"checkpoint: {checkpoint.name} is called whole and cannot be read: {error}")
 
 
-def check_writes(run: Run) -> None:
-    """At every moment when weights were about to touch the disk, the ledger already held their steps."""
-    for truth, charged in released(run):
-        if charged < truth:
-            run.problems.append(f"charges: {charged} steps when {truth} were about to be on the disk")
-
-
 def check_certificate(run: Run) -> dict[str, Any]:
     """The certificate is that of at least the truth, and of no more than the plan."""
     found, plan, truth = read_json(run.folder / "adapter" / CERTIFICATE), run.plan, released_steps(run)
     if not truth <= found["n_steps"] <= plan.n_steps:
         run.problems.append(f"certificate: {found['n_steps']} steps, {truth} released, {plan.n_steps} planned")
-    epsilon = found["epsilon"]
-    if epsilon != plan.spent(found["n_steps"])["epsilon"]:
+    if (epsilon := found["epsilon"]) != plan.spent(found["n_steps"])["epsilon"]:
         run.problems.append(f"certificate: epsilon {epsilon} is not the plan's for {found['n_steps']} steps")
     if plan.private and epsilon < epsilon_of(plan, truth):
         run.problems.append(f"certificate: epsilon {epsilon} is below that of {truth} steps")
@@ -375,14 +364,12 @@ def kill_until_finished(run: Run, next_aim: Callable[[], Aim | None]) -> dict[st
     while not run.finished and not any("failed" in problem for problem in run.problems):
         attempt(run, next_aim())
         check_moment(run)
-    check_writes(run)
+    late = [f"charges: {n} steps when {truth} were about to be written" for truth, n in released(run) if n < truth]
+    run.problems += late
     certificate = check_certificate(run) if run.finished else {}
     return {
+        **{name: getattr(run, name) for name in ("starts", "kills", "problems", "finished")},
         "ledger": "own file" if run.ledger else "none",
-        "starts": run.starts,
-        "kills": dict(run.kills),
-        "problems": run.problems,
-        "finished": run.finished,
         "released_steps": released_steps(run),
         "charged_steps": charged_steps(run),
         "lost_steps": certificate.get("n_steps_lost"),
@@ -398,9 +385,12 @@ def planted(folder: Path, fault: Fault) -> dict[str, Any]:
     return kill_until_finished(run, lambda: None if run.starts else Aim("write", nth=1))
 
 
-def enough(runs: list[dict[str, Any]], n_kills: int) -> bool:
-    """So many kills in all, and a fifth of them in steps and in saves at least."""
-    kills = sum((Counter(run["kills"]) for run in runs), Counter())
+def kills_of(runs: list[dict[str, Any]]) -> Counter[str]:
+    return sum((Counter(run["kills"]) for run in runs), Counter())
+
+
+def enough(kills: Counter[str], n_kills: int) -> bool:
+    """So many in all, and a fifth of them in steps and in saves at least."""
     return kills.total() >= n_kills and min(kills["step"], kills["save"]) >= n_kills // 5
 
 
@@ -408,26 +398,26 @@ def main(result: Path, n_kills: int) -> None:
     """Kill at least `n_kills` times in as many runs as it takes, then plant the faults that the checks must see."""
     torch.set_num_threads(1)
     begun, rng = time.monotonic(), random.Random()
-    runs: list[dict[str, Any]] = []
-    facts: list[dict[str, Any]] = []
+    runs, facts = [], []
     place = FAST_DISK if os.access(FAST_DISK, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="dpmed-kills-", dir=place) as name:
         folder = Path(name)
         warm_up(folder)
         whole = Run(folder / "whole", None)
         times = attempt(whole, None)  # unkilled: how long things take
-        while not enough(runs, n_kills):
+        if not whole.finished:
+            raise RuntimeError(f"a run that nobody killed failed: {whole.problems}")
+        while not enough(kills_of(runs), n_kills):
             number = len(runs)
             run = Run(folder / f"run-{number}", folder / f"ledger-{number}.sqlite" if number % 2 else None)
             runs.append(kill_until_finished(run, lambda run=run: random_aim(rng, times, run)))
             facts += facts_of(run)
-        seconds = time.monotonic() - begun
+        timing = {"seconds": round(time.monotonic() - begun, 1), "seconds_of_a_whole_run": round(times["last"], 2)}
         faults: tuple[Fault, ...] = ("charge after save", "fixed seed", "run forgotten")
         found = {
             "runs": runs,
-            "whole": whole.problems,
             "repeated": repeated(facts),
-            "statistics": statistics(runs, facts, times, seconds),
+            "statistics": statistics(runs, facts) | timing,
             "planted": {fault: planted(folder, fault) for fault in faults},
         }
     result.write_text(json.dumps(found, indent=1))
@@ -441,11 +431,9 @@ def warm_up(folder: Path) -> None:
     gc.freeze()
 
 
-def statistics(
-    runs: list[dict[str, Any]], facts: list[dict[str, Any]], times: dict[str, float], seconds: float
-) -> dict[str, Any]:
+def statistics(runs: list[dict[str, Any]], facts: list[dict[str, Any]]) -> dict[str, Any]:
     """What the closing note reports."""
-    kills = sum((Counter(run["kills"]) for run in runs), Counter())
+    kills = kills_of(runs)
     return {
         "runs": len(runs),
         "starts": sum(run["starts"] for run in runs),
@@ -453,11 +441,7 @@ def statistics(
         "steps_released": sum(run["released_steps"] for run in runs),
         "steps_charged": sum(run["charged_steps"] for run in runs),
         "steps_lost": sum(run["lost_steps"] or 0 for run in runs),
-        "writes": sum(fact["kind"] == "write" for fact in facts),
-        "noises": sum(fact["kind"] == "noise" for fact in facts),
-        "draws": sum(fact["kind"] == "draw" for fact in facts),
-        "seconds": round(seconds, 1),
-        "seconds_of_a_whole_run": round(times["last"], 2),
+        **{f"{kind}s": n for kind, n in Counter(fact["kind"] for fact in facts).items()},
     }
 
 

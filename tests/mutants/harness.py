@@ -23,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutants.mutants import MUTANTS, Mutant
+from mutants.mutant import Mutant
+from mutants.mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 NULL = "no fault"
 CRASHED = 70
 """Exit status of a child that could not run its tests at all; pytest's own end at 5."""
 CPU_SECONDS = 120
+FAST_DISK = Path("/dev/shm")
+"""For the copies and the tests' files: nothing here has to outlive the machine."""
 PLUGINS = ("pytest_timeout", "pytest_socket", "_hypothesis_pytestplugin")
 LIBRARIES = (
     "torch",
@@ -66,7 +69,8 @@ def main(result: Path, names: Sequence[str]) -> None:
     chosen = [m for m in MUTANTS if not names or m.name in names]
     union = list(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
     found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="dpmed-mutants-") as folder:
+    memory = FAST_DISK if os.access(FAST_DISK, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="dpmed-mutants-", dir=memory) as folder:
         base = Path(folder) / "base"
         # One copy for all: others may be at work on the tree meanwhile.
         shutil.copytree(ROOT / "dpmed", base / "dpmed")

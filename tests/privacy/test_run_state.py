@@ -30,15 +30,13 @@ def state(run_id: str | None = "a1", **changes: Any) -> RunState:
 
 def other_frozen_weight() -> nn.Module:
     changed = model()
-    with torch.no_grad():
-        changed[0].weight[0, 0] += 1e-3
+    next(changed[0].parameters()).data[0, 0] += 1e-3
     return changed
 
 
 def other_trained_weight() -> nn.Module:
     changed = model()
-    with torch.no_grad():
-        changed[1].weight += 1
+    next(changed[1].parameters()).data += 1
     return changed
 
 
