@@ -73,11 +73,11 @@ def train(
     Raises: InputError before anything is written, where the input cannot be used.
     """
     check_recipe(recipe)
-    if ranks.launched_rank() > 0:
-        return _follow(recipe, output_dir)
     if resume and is_finished(output_dir):
         check_same_recipe(output_dir, dump_recipe(recipe), weights_may_move=True)
         return read_json(output_dir / RUN_FILE)
+    if ranks.launched_rank() > 0:
+        return _follow(recipe, output_dir)
     splits = load_splits(recipe.data, require_unit=recipe.method == "dp_lora")
     spec = task_spec(recipe, splits.train)
     for part, records in (("heldout", splits.heldout), ("validation", splits.validation)):
@@ -108,11 +108,11 @@ def weights_folder(recipe: Recipe, output_dir: Path) -> Path:
 
 def _follow(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     """What ranks above 0 do under torchrun: train with rank 0, write nothing. Rank 0 does all the rest."""
-    if weights_folder(recipe, output_dir).exists():
-        return {"status": "finished by rank 0"}
     splits = load_splits(recipe.data, require_unit=recipe.method == "dp_lora")
     n_units = len(set(splits.train["unit"]))
     args = training_arguments(recipe, output_dir, n_examples=len(splits.train), n_units=n_units)
+    if weights_folder(recipe, output_dir).exists():  # not before the line above, in which all processes meet
+        return {"status": "trained before"}
     plan = make_plan(recipe, args, n_units=n_units)
     tokenizer = load_tokenizer(recipe.model.path, revision=recipe.model.revision)
     trainer = make_trainer(recipe, args, task_spec(recipe, splits.train), plan, splits, tokenizer)

@@ -94,8 +94,8 @@ class PrivacySection:
     """Draws and noise from a cryptographic generator, noise safe against floating-point attacks; slower."""
     micro_batch_tokens: int = 4096
     """Padded tokens per micro-batch; memory only, costs no privacy."""
-    buffer_mib: int = 1024
-    """Memory for the gradients by patient of one micro-batch, in MiB; costs no privacy."""
+    buffer_mib: int = 512
+    """Memory for the gradients by patient that are clipped at once, in MiB; costs no privacy."""
     shard_base: bool = False
     """Under torchrun: the processes share the frozen base between them (FSDP2), for models too large for one device."""
     ledger: str | None = None

@@ -1,8 +1,7 @@
-"""Pure functions of per-unit gradients: sums by unit, norms, and the clipped sum whose sensitivity is the clip norm."""
+"""Pure functions of per-unit gradients: their norms, and the clipped sum whose sensitivity is the clip norm."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -58,25 +57,3 @@ def unit_norms(unit_gradients: Tensor) -> Tensor:
         return rest.squeeze(1)
     chunks = unit_gradients[:, :whole].unflatten(1, (-1, _CHUNK)).norm(dim=2)  # [u, p / 4096]
     return torch.cat([chunks, rest], dim=1).double().norm(dim=1).float()
-
-
-def sum_by_unit(record_gradients: Tensor, positions: Tensor, *, n_units: int) -> Tensor:
-    """Add up the gradients of the records of each unit.
-
-    Shapes: b = records, u = units, p = parameters.
-
-    Args:
-        record_gradients: [b, p].
-        positions: row of each record's unit in the result, [b]; see `unit_positions`.
-        n_units: u.
-
-    Returns: [u, p].
-    """
-    total = record_gradients.new_zeros(n_units, record_gradients.shape[1])
-    return total.index_add_(0, positions, record_gradients)
-
-
-def unit_positions(units: Sequence[int]) -> tuple[list[int], int]:
-    """Row of each record's unit, in order of first appearance, and the number of distinct units."""
-    rows: dict[int, int] = {}
-    return [rows.setdefault(unit, len(rows)) for unit in units], len(rows)

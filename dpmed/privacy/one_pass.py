@@ -12,7 +12,7 @@ used several times (ALBERT) and under gradient checkpointing of both kinds.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,6 @@ from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from dpmed.errors import PrivacyError
-from dpmed.privacy.clipping import unit_positions
 from dpmed.privacy.flat import FlatParameters, uses_checkpointing
 
 
@@ -36,8 +35,11 @@ class _Slot:
     transposed: bool
     """Tall weights [o, i] stand as [i, o]: the product is then long and thin the way that BLAS is fast at."""
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
-    """View of the buffer for this micro-batch: [u, *shape], or [u, i, o]."""
+    """View of the buffer for this group: [u, *shape], or [u, i, o]."""
     written: bool = False
+    """Whether its rows hold anything of this group."""
+    reached: bool = False
+    """Whether the backward pass of this micro-batch came by."""
 
     @property
     def size(self) -> int:
@@ -47,7 +49,8 @@ class _Slot:
 class OnePassEngine(FlatParameters):
     """Per-unit gradients of linear layers by a custom backward; of other covered layers by Opacus' grad samplers.
 
-    Use: `begin(units)`, a forward pass, `backward(losses)`, `unit_gradients()`; once per micro-batch.
+    Use: `begin(units)`, a forward pass, `backward(losses)`, `unit_gradients()`; or `open_group(units)` first, and then
+    several micro-batches whose records are added up in their units' rows.
 
     Guarantees:
         - The rows equal those of a loop over single units, up to rounding: records of one unit are added up in its row.
@@ -85,24 +88,16 @@ class OnePassEngine(FlatParameters):
         self._hooks = [GradSampleHooks(m, loss_reduction="sum", strict=False) for m in others]
         self._width = -(-start // 64) * 64  # rows start at aligned addresses
         self._buffer = torch.empty(0)
+        self._row_of: dict[int, int] | None = None  # of the open group
         self._positions: Tensor | None = None
         self._n_records = self._n_units = 0
         for layer in linear:
             layer.forward = self._forward_of(layer)
 
-    def begin(self, units: Sequence[int], device: torch.device) -> None:
-        """Announce a micro-batch: the unit of each of its records. The buffer grows where it has to.
-
-        Args:
-            units: unit index of each record, [b].
-            device: where the model is.
-        """
-        for parameter in self.parameters:
-            parameter.grad = None  # whatever stands there after the backward pass then came from it
-        positions, self._n_units = unit_positions(units)
-        self._n_records = len(units)
-        several = self._n_units < self._n_records  # some unit has several records, which are added up in its row
-        self._positions = torch.tensor(positions, device=device) if several else None
+    def open_group(self, units: Iterable[int], device: torch.device) -> None:
+        """Announce the distinct units whose records the next micro-batches hold; the buffer grows where it has to."""
+        self._row_of = {unit: row for row, unit in enumerate(units)}
+        self._n_units, self._n_records = len(self._row_of), 0
         if self._buffer.shape[0] < self._n_units or self._buffer.device != device:
             self._buffer = torch.empty(0)  # freed before the larger one is made
             self._buffer = torch.empty(self._n_units, self._width, device=device)
@@ -111,6 +106,26 @@ class OnePassEngine(FlatParameters):
             shape = slot.shape[::-1] if slot.transposed else slot.shape
             slot.rows, slot.written = rows.view(self._n_units, *shape), False
 
+    def begin(self, units: Sequence[int], device: torch.device) -> None:
+        """Announce a micro-batch. Without an open group its units are one.
+
+        Args:
+            units: unit index of each record, [b].
+            device: where the model is.
+        """
+        for parameter in self.parameters:
+            parameter.grad = None  # whatever stands there after the backward pass then came from it
+        if self._row_of is None:
+            self.open_group(dict.fromkeys(units), device)
+        elif self._n_records:
+            self._end_micro_batch()
+        positions = [(self._row_of or {})[unit] for unit in units]
+        self._n_records = len(units)
+        in_place = positions == list(range(self._n_units))  # one record of each unit, in the order of the rows
+        self._positions = None if in_place else torch.tensor(positions, device=device)
+        for slot in self._slots.values():
+            slot.reached = False
+
     def backward(self, losses: Tensor) -> None:
         """Back-propagate the records' losses [b]. Their sum, so that each record's gradient is its own."""
         with warnings.catch_warnings():
@@ -118,14 +133,21 @@ class OnePassEngine(FlatParameters):
             losses.sum().backward()
 
     def unit_gradients(self) -> Tensor:
-        """What the last backward pass wrote: [u, p], float32, a view that the next micro-batch overwrites.
+        """What the backward passes of the group wrote: [u, p], float32, a view that the next group overwrites.
 
-        Units in order of first appearance; columns in the engine's own order, which `write_gradients` undoes.
+        Units in the order of `open_group`, or of first appearance; columns in the engine's own order, which
+        `write_gradients` undoes.
         Raises: PrivacyError if a parameter was not reached, or got a gradient that did not come from here.
         """
+        self._end_micro_batch()
+        self._row_of = None
+        return self._buffer[: self._n_units, : self.n_parameters]
+
+    def _end_micro_batch(self) -> None:
+        """Check that the backward pass reached every parameter, and none but through this engine."""
         for parameter in self._hooked:
             self._take_hooked(parameter)
-        missing = [slot.name for slot in self._slots.values() if not slot.written]
+        missing = [slot.name for slot in self._slots.values() if not slot.reached]
         if missing or not self._n_records:
             raise PrivacyError(
                 f"{missing[0] if missing else 'the model'}: the backward pass left no gradient per record; freeze it,"
@@ -137,7 +159,6 @@ class OnePassEngine(FlatParameters):
                 f"{raw[0]} got a gradient outside its own layer, which cannot be clipped: freeze it, or untie it"
             )
         self._n_records = 0
-        return self._buffer[: self._n_units, : self.n_parameters]
 
     def write_gradients(self, flat: Tensor) -> None:
         """Make `flat` [p], in the engine's order of columns, the gradient of the trainable parameters."""
@@ -164,7 +185,7 @@ class OnePassEngine(FlatParameters):
         straight = self._positions is None and not slot.written and left.dtype == right.dtype == slot.rows.dtype
         if straight:
             torch.bmm(left.transpose(1, 2), right, out=slot.rows)
-            slot.written = True
+            slot.written = slot.reached = True
         else:
             self.write(parameter, torch.bmm(left.transpose(1, 2), right.to(left.dtype)))
 
@@ -179,7 +200,7 @@ class OnePassEngine(FlatParameters):
             target.add_(new)
         else:
             target.copy_(new)
-        slot.written = True
+        slot.written = slot.reached = True
 
     def is_transposed(self, parameter: nn.Parameter) -> bool:
         """Whether the slot of a weight [o, i] is laid out as [i, o]."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from dpmed.errors import PrivacyError
-from dpmed.privacy.clipping import sum_by_unit, unit_positions
 from dpmed.privacy.flat import FlatParameters, uses_checkpointing
 
 
@@ -37,9 +36,21 @@ class OpacusEngine(FlatParameters):
             )
         self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
         self._units: Sequence[int] = ()
+        self._row_of: dict[int, int] | None = None  # of the open group
+        self._total = torch.empty(0)
+
+    def open_group(self, units: Iterable[int], device: torch.device) -> None:
+        """Announce the distinct units whose records the next micro-batches hold."""
+        self._row_of = {unit: row for row, unit in enumerate(units)}
+        self._total = torch.zeros(len(self._row_of), self.n_parameters, device=device)
+        self._units = ()
 
     def begin(self, units: Sequence[int], device: torch.device) -> None:
-        """Announce a micro-batch: the unit of each of its records."""
+        """Announce a micro-batch: the unit of each of its records. Without an open group its units are one."""
+        if self._row_of is None:
+            self.open_group(dict.fromkeys(units), device)
+        elif self._units:
+            self._end_micro_batch()
         self._units = units
 
     def backward(self, losses: Tensor) -> None:
@@ -50,12 +61,17 @@ class OpacusEngine(FlatParameters):
             losses.sum().backward()
 
     def unit_gradients(self) -> Tensor:
-        """Take the per-record gradients of the last backward pass and sum them by unit.
+        """Take the per-record gradients of the group's backward passes, summed by unit.
 
-        Returns: [u, p], float32, units in order of first appearance.
+        Returns: [u, p], float32, units in the order of `open_group`, or of first appearance.
         Raises: PrivacyError if a parameter got no gradient, or one that does not have a row per record.
         """
-        if not self._units:
+        self._end_micro_batch()
+        self._row_of = None
+        return self._total
+
+    def _end_micro_batch(self) -> None:
+        if self._row_of is None or not self._units:
             raise PrivacyError("unit_gradients() without begin(): no micro-batch was announced")
         rows: list[Tensor] = []
         n = len(self._units)
@@ -69,10 +85,9 @@ class OpacusEngine(FlatParameters):
             rows.append(sample.detach().reshape(n, -1).float())
             parameter.grad_sample = None  # pyright: ignore[reportAttributeAccessIssue]
             parameter.grad = None
-        positions, n_units = unit_positions(self._units)
+        positions = torch.tensor([self._row_of[unit] for unit in self._units], device=self._total.device)
+        self._total.index_add_(0, positions, torch.cat(rows, dim=1))
         self._units = ()
-        flat = torch.cat(rows, dim=1)
-        return sum_by_unit(flat, torch.tensor(positions, device=flat.device), n_units=n_units)
 
     def detach(self) -> None:
         """Remove the hooks; the model is a plain one again."""

@@ -103,6 +103,7 @@ def _model_parts(model: nn.Module) -> Iterable[bytes]:
         elif "original_module" not in name.split("."):
             gather = getattr(parameter, "full_tensor", None)  # of a base that is sharded over ranks
             flat = (gather() if gather else parameter).detach().reshape(-1)
-            at = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLED, len(flat)), device=flat.device).long()
+            n = min(_SAMPLED, len(flat))
+            at = torch.arange(n, device=flat.device) * (len(flat) - 1) // max(n - 1, 1)  # whole numbers: exact
             yield f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode()
             yield flat[at].float().cpu().numpy().tobytes()

@@ -164,3 +164,44 @@ def cut_micro_batches(
             batches.append(rows)
             width, n_units = longest[unit], 1
     return batches
+
+
+def cut_groups(
+    records: Sequence[int],
+    *,
+    units: Sequence[int],
+    lengths: Sequence[int],
+    max_tokens: int,
+    max_units: int | None = None,
+) -> list[list[list[int]]]:
+    """Cut one draw into groups of whole units, each to be clipped at once, and each group into micro-batches.
+
+    A unit's short records need not be padded to its longest one: inside a group records go together by length alone,
+    and their gradients are added up in their units' rows.
+
+    Args: as `cut_micro_batches`; `max_units` bounds a group, since each of its units needs a row.
+
+    Returns: groups of micro-batches of elements of `records`.
+    Guarantee: each record is in exactly one micro-batch, and all records of a unit are in the same group, so that a
+        unit is clipped once.
+    Edge cases: [] gives []; where every unit has one record, a group is a micro-batch, which needs the fewest rows.
+    Raises: as `cut_micro_batches`.
+    """
+    limits = {"max_tokens": max_tokens, "max_units": max_units}
+    if len(set(units)) == len(records):
+        return [[batch] for batch in cut_micro_batches(records, units=units, lengths=lengths, **limits)]
+    longest: dict[int, int] = {}
+    for unit, length in zip(units, lengths, strict=True):
+        longest[unit] = max(length, longest.get(unit, 0))
+    order = sorted(longest, key=lambda unit: (-longest[unit], unit))
+    size = max_units or len(order)
+    group_of = {unit: place // size for place, unit in enumerate(order)}
+    groups: list[list[int]] = [[] for _ in range(-(-len(order) // size))]
+    for at, unit in enumerate(units):
+        groups[group_of[unit]].append(at)
+    # each record as if it were a unit: nothing but its length counts for the micro-batch that it is in
+    cuts = [
+        cut_micro_batches(group, units=group, lengths=[lengths[at] for at in group], max_tokens=max_tokens)
+        for group in groups
+    ]
+    return [[[records[at] for at in batch] for batch in group] for group in cuts]

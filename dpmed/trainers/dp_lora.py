@@ -5,8 +5,8 @@ thing:
 
 1. draw patients, each independently with the plan's sampling rate; draw at most `max_records_per_unit` of their
 windows;
-2. cut the draw into padded micro-batches, none of which splits a patient;
-3. per micro-batch: one backward pass, gradients by patient, clipped to `clip_norm`, summed;
+2. cut the draw into groups of whole patients, and each group into padded micro-batches by length;
+3. per group: one backward pass per micro-batch, gradients by patient, clipped to `clip_norm`, summed;
 4. with several processes: each draws and clips its own patients; one sum over all;
 5. add N(0, (noise_multiplier * clip_norm)^2) once, also to an empty draw;
 6. divide by the fixed, public expected number of patients and hand that to the optimiser as the gradient.
@@ -19,6 +19,7 @@ Reference: Abadi et al. 2016 (arXiv 1607.00133); patient-level clipping as in Mc
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,9 +43,10 @@ from dpmed.privacy.clipping import Clipping
 from dpmed.privacy.plan import EngineName, PrivacyPlan
 from dpmed.privacy.proof import prove
 from dpmed.privacy.run_state import STATE_FILE, RunState
-from dpmed.privacy.sampling import cut_micro_batches
-from dpmed.runs import last_checkpoint, write_json, write_text
+from dpmed.privacy.sampling import cut_groups
+from dpmed.runs import WHOLE, last_checkpoint, write_json, write_text
 from dpmed.trainers.base import TrainingConfig
+from dpmed.trainers.dp_settings import refuse_unsafe
 from dpmed.trainers.lora import LoRATrainer, with_adapters
 from dpmed.trainers.sharding import shard_frozen_base
 from dpmed.trainers.trial import public_examples, trial_losses
@@ -71,7 +73,7 @@ class DPLoRATrainingConfig(TrainingConfig):
     expected_batch_units: int = field(default=64, metadata={"help": "expected patients per step; the public divisor"})
     max_records_per_unit: int = field(default=4, metadata={"help": "windows of one patient per step, at most"})
     micro_batch_tokens: int = field(default=4096, metadata={"help": "padded tokens per micro-batch"})
-    buffer_mib: int = field(default=1024, metadata={"help": "memory for the gradients by patient of a micro-batch"})
+    buffer_mib: int = field(default=512, metadata={"help": "memory for the gradients by patient of a micro-batch"})
     engine: EngineName = field(default="one_pass", metadata={"help": "one_pass, or opacus: the slower reference"})
     secure: bool = field(default=False, metadata={"help": "cryptographic draws and noise, float-safe noise"})
     shard_base: bool = field(default=False, metadata={"help": "several processes share the frozen base (FSDP2)"})
@@ -81,8 +83,8 @@ class DPLoRATrainingConfig(TrainingConfig):
     noise_seed: int | None = field(default=None, metadata={"help": "tests only: fixes noise and draws; not private"})
 
 
-class LogicalBatch(list[list[Example]]):
-    """One Poisson draw as micro-batches of examples; empty where nobody was drawn."""
+class LogicalBatch(list[list[list[Example]]]):
+    """One Poisson draw: groups of patients, each of micro-batches of examples; empty where nobody was drawn."""
 
 
 class DPLoRATrainer(LoRATrainer):
@@ -112,7 +114,7 @@ class DPLoRATrainer(LoRATrainer):
         plan: PrivacyPlan | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        _refuse_unsafe(args)
+        refuse_unsafe(args)
         if args.shard_base:
             model = with_adapters(model, peft_config)
             shard_frozen_base(model, args.device)
@@ -250,7 +252,8 @@ class DPLoRATrainer(LoRATrainer):
     def _stop_here(self) -> None:
         """When the user stops a run, charge it and save a checkpoint, so that no charged step is lost."""
         self.charge()
-        if self.args.save_strategy != "no" and not ranks.several() and self.state.global_step > 0:
+        whole = (self.checkpoint_folder() / WHOLE).is_file()
+        if self.args.save_strategy != "no" and not ranks.several() and self.state.global_step > 0 and not whole:
             self._save_checkpoint(self.model, None)
 
     # --- A step ---------------------------------------------------------------------------------------------------
@@ -268,29 +271,37 @@ class DPLoRATrainer(LoRATrainer):
         if engine is None or self._run is None:
             raise PrivacyError("the privacy engine is not attached; call train()")
         self._run.begin_step()
+        if self.plan.private:
+            # Masked words and dropout: from the run's public seed, one patient's presence would shift everybody's.
+            torch.manual_seed(secrets.randbits(63))
         engine.check_unchanged(self.model)
         self._prove_movement(engine)
         model.train()
         total = torch.zeros(engine.n_parameters, dtype=torch.float32, device=self.args.device)
-        behind = ranks.most_of_all(len(inputs), self.args.device) - len(inputs) if self.args.shard_base else 0
-        for examples in inputs:
-            total += self._clipped(model, engine, examples)
+        nonfinite = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        n = sum(map(len, inputs))
+        behind = ranks.most_of_all(n, self.args.device) - n if self.args.shard_base else 0
+        for group in inputs:
+            clipped, bad = self._clipped(model, engine, group)
+            total += clipped
+            nonfinite += bad
         for _ in range(behind):
             self._keep_pace(model, engine)
-        engine.write_gradients(ranks.noised_sum_(total, self._noise) / self.plan.divisor)
+        self.n_nonfinite += int(ranks.sum_over_ranks_(nonfinite))
+        engine.write_gradients(ranks.noised_sum_(total, self._noise).div_(self.plan.divisor))
         if self._watched:
             self.charge()
         return torch.zeros((), device=self.args.device)
 
-    def _clipped(self, model: nn.Module, engine: Engine, examples: Sequence[Example]) -> Tensor:
-        """Clipped sum over the patients of one micro-batch, [p]."""
-        engine.begin([example.unit for example in examples], self.args.device)
-        with self.compute_loss_context_manager():
-            losses = self._record_losses(model, examples)
-        engine.backward(losses)
-        total, nonfinite = self.plan.clipped_sum(engine.unit_gradients())
-        self.n_nonfinite += int(nonfinite)
-        return total
+    def _clipped(self, model: nn.Module, engine: Engine, group: Sequence[Sequence[Example]]) -> tuple[Tensor, Tensor]:
+        """Clipped sum over the patients of one group, [p], and how many were not finite."""
+        engine.open_group(dict.fromkeys(e.unit for examples in group for e in examples), self.args.device)
+        for examples in group:
+            engine.begin([example.unit for example in examples], self.args.device)
+            with self.compute_loss_context_manager():
+                losses = self._record_losses(model, examples)
+            engine.backward(losses)
+        return self.plan.clipped_sum(engine.unit_gradients())
 
     def _keep_pace(self, model: nn.Module, engine: Engine) -> None:
         """A micro-batch of public examples, to no effect: with a sharded base each pass gathers weights from all ranks,
@@ -307,20 +318,23 @@ class DPLoRATrainer(LoRATrainer):
         return per_record_loss(outputs.logits, batch, self.spec)
 
     def _cut(self, examples: list[Example]) -> LogicalBatch:
-        fit = None if self._engine is None else self.args.buffer_mib * 2**20 // (4 * self._engine.n_parameters)
-        cuts = cut_micro_batches(
+        fit = None if self._engine is None else int(self.args.buffer_mib * 2**20 / (4 * self._engine.n_parameters))
+        groups = cut_groups(
             range(len(examples)),
             units=[e.unit for e in examples],
             lengths=[len(e.input_ids) for e in examples],
             max_tokens=self.args.micro_batch_tokens,
             max_units=None if fit is None else max(1, fit),
         )
-        return LogicalBatch([[examples[i] for i in cut] for cut in cuts])
+        return LogicalBatch([[[examples[i] for i in cut] for cut in group] for group in groups])
 
     # --- Proofs ---------------------------------------------------------------------------------------------------
 
     def _attach(self) -> Engine:
         """The engine on the model, after a trial on random tokens: its rows are what single patients give."""
+        if self.args.activation_checkpointing:  # transformers would switch it on later, unseen by the engine
+            options = self.args.activation_checkpointing_kwargs
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # pyright: ignore
         examples, units = public_examples(self.spec, self.processing_class)
         batch: Batch = self._prepare_inputs(self.data_collator(examples))
         losses = trial_losses(self.model, batch, [len(example.input_ids) for example in examples], self.spec)
@@ -422,24 +436,3 @@ def plan_for(args: DPLoRATrainingConfig, *, n_units: int, unit: str) -> PrivacyP
         secure=args.secure,
         noise_seed=args.noise_seed,
     )
-
-
-def _refuse_unsafe(args: DPLoRATrainingConfig) -> None:
-    """Refuse settings under which the guarantee would not hold; each names its remedy."""
-    if not args.unit_column:
-        raise InputError("dp_lora needs the patient column: set unit_column (recipe: data.unit)")
-    refused = {
-        "gradient_accumulation_steps": args.gradient_accumulation_steps != 1,
-        "fp16": bool(args.fp16),
-        "load_best_model_at_end": bool(args.load_best_model_at_end),
-        "auto_find_batch_size": bool(args.auto_find_batch_size),
-        "torch_compile": bool(args.torch_compile),
-        "dataloader_num_workers": args.dataloader_num_workers > 0,
-        "neftune_noise_alpha": args.neftune_noise_alpha is not None,  # scaled by the padded length: couples records
-        "use_liger_kernel": bool(args.use_liger_kernel),
-    }
-    names = [name for name, unsafe in refused.items() if unsafe]
-    if names:
-        raise InputError(
-            f"dp_lora cannot run with {', '.join(names)}: one step is one draw; remove it from training.extra"
-        )

@@ -183,8 +183,11 @@ def noise_sizes(trainer: DPLoRATrainer) -> list[int]:
 
 
 class NoisePerMicroBatch(DPLoRATrainer):
-    def _clipped(self, model: Any, engine: Any, examples: Any) -> Tensor:
-        return self._noise.add_(super()._clipped(model, engine, examples))
+    def _clipped(self, model: Any, engine: Any, group: Any) -> tuple[Tensor, Tensor]:
+        total, nonfinite = super()._clipped(model, engine, group)
+        for _ in group:
+            self._noise.add_(total)
+        return total, nonfinite
 
 
 class SkipsEmptyDraws(DPLoRATrainer):
@@ -203,7 +206,7 @@ def test_noise_is_added_once_per_step_however_many_micro_batches(tmp_path: Path)
 
 def test_the_count_sees_noise_per_micro_batch(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, trainer=NoisePerMicroBatch, micro_batch_tokens=1)
-    assert len(noise_sizes(trainer)) == 3 * (1 + N_UNITS)
+    assert len(noise_sizes(trainer)) == 3 * (1 + len(UNITS))
 
 
 def test_empty_draws_add_noise_step_and_are_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +241,7 @@ def test_the_noise_has_the_size_that_the_accountant_was_told(
     faulty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise alone reaches the optimiser here: std must be noise_multiplier * clip_norm / divisor."""
-    monkeypatch.setattr(PrivacyPlan, "clipped_sum", lambda self, rows: (torch.zeros(rows.shape[1]), torch.zeros(())))
+    monkeypatch.setattr(PrivacyPlan, "clipped_sum", lambda self, rows: (torch.zeros(rows.shape[1]), torch.tensor(0)))
     kept = KeepsGradients()
     plan = make_plan(noise_multiplier=3.0, clip_norm=0.2, expected_batch_units=N_UNITS, n_steps=4)
     cls = NoisePerMicroBatch if faulty else DPLoRATrainer
@@ -270,7 +273,7 @@ def test_the_optimizer_sees_only_what_the_engine_wrote(tmp_path: Path, monkeypat
 
 
 def units_of_steps(trainer: DPLoRATrainer, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
-    """Train, and return step -> micro-batch -> units that were clipped there."""
+    """Train, and return step -> group -> units that were clipped there."""
     steps: list[list[list[int]]] = []
     clipped, step = DPLoRATrainer._clipped, DPLoRATrainer.training_step
 
@@ -278,9 +281,9 @@ def units_of_steps(trainer: DPLoRATrainer, monkeypatch: pytest.MonkeyPatch) -> l
         steps.append([])
         return step(self, model, inputs, *args)
 
-    def spy_clipped(self: Any, model: Any, engine: Any, examples: Any) -> Tensor:
-        steps[-1].append(sorted({example.unit for example in examples}))
-        return clipped(self, model, engine, examples)
+    def spy_clipped(self: Any, model: Any, engine: Any, group: Any) -> tuple[Tensor, Tensor]:
+        steps[-1].append(sorted({example.unit for examples in group for example in examples}))
+        return clipped(self, model, engine, group)
 
     monkeypatch.setattr(DPLoRATrainer, "training_step", spy_step)
     monkeypatch.setattr(DPLoRATrainer, "_clipped", spy_clipped)
@@ -293,13 +296,14 @@ def splits_a_unit(steps: list[list[list[int]]]) -> bool:
 
 
 def test_no_patient_is_clipped_twice_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = units_of_steps(make_trainer(tmp_path, micro_batch_tokens=1), monkeypatch)
+    few_rows = {"micro_batch_tokens": 1, "buffer_mib": 0.01}  # one patient's gradient fits
+    steps = units_of_steps(make_trainer(tmp_path, **few_rows), monkeypatch)
     assert [len(step) for step in steps] == [N_UNITS] * 3
     assert not splits_a_unit(steps)
 
 
 def test_the_check_sees_a_cut_that_splits_a_patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPLoRATrainer, "_cut", lambda self, examples: LogicalBatch([[e] for e in examples]))
+    monkeypatch.setattr(DPLoRATrainer, "_cut", lambda self, examples: LogicalBatch([[[e]] for e in examples]))
     assert splits_a_unit(units_of_steps(make_trainer(tmp_path), monkeypatch))
 
 
@@ -377,7 +381,7 @@ def test_a_record_that_gives_nan_counts_as_zero_and_the_run_goes_on(tmp_path: Pa
 @pytest.mark.usefixtures("nan_in_unit_2")
 def test_a_sum_without_that_care_would_end_in_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(self: PrivacyPlan, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return (self.clip_norm / rows.norm(dim=1)).clamp(max=1.0) @ rows, torch.zeros(())
+        return (self.clip_norm / rows.norm(dim=1)).clamp(max=1.0) @ rows, torch.tensor(0)
 
     monkeypatch.setattr(PrivacyPlan, "clipped_sum", careless)
     trainer = make_trainer(tmp_path, micro_batch_tokens=10_000)

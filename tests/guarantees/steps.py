@@ -138,7 +138,7 @@ class Scene:
 
     def cuts_of(self, examples: list[Example]) -> list[list[Example]]:
         """The micro-batches of a step, where the buffer does not limit them."""
-        return list(self.trainer._cut(examples))
+        return [cut for group in self.trainer._cut(examples) for cut in group]
 
     def fix_batches(self) -> None:
         """Collate the records once and for all."""

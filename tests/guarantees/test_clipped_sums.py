@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,15 @@ def later_uses_overwrite(patch: pytest.MonkeyPatch) -> None:
 
 
 def records_instead_of_units(patch: pytest.MonkeyPatch) -> None:
-    begin = OnePassEngine.begin
-    patch.setattr(OnePassEngine, "begin", lambda self, units, device: begin(self, range(len(units)), device))
+    """Each record gets a row of its own, over all micro-batches of the group."""
+    begin, seen = OnePassEngine.begin, itertools.count()
+    opens = OnePassEngine.open_group
+    patch.setattr(OnePassEngine, "open_group", lambda self, units, device: opens(self, range(10_000, 10_040), device))
+
+    def begin_by_record(self: OnePassEngine, units: list[int], device: torch.device) -> None:
+        begin(self, [10_000 + next(seen) % 40 for _ in units], device)
+
+    patch.setattr(OnePassEngine, "begin", begin_by_record)
 
 
 def the_batch_instead_of_units(patch: pytest.MonkeyPatch) -> None:
@@ -76,7 +84,7 @@ def the_batch_instead_of_units(patch: pytest.MonkeyPatch) -> None:
 
 
 def units_split_over_micro_batches(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(DPLoRATrainer, "_cut", lambda self, examples: LogicalBatch([[e] for e in examples]))
+    patch.setattr(DPLoRATrainer, "_cut", lambda self, examples: LogicalBatch([[[e]] for e in examples]))
 
 
 def padding_counts(patch: pytest.MonkeyPatch) -> None:

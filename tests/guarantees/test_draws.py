@@ -99,7 +99,7 @@ def loaded(scene: Scene, n: int) -> Iterator[LogicalBatch]:
 def units_of(draws: Iterator[LogicalBatch], n: int) -> np.ndarray:
     found = np.zeros((n, len(SIZES)))
     for row, logical in zip(found, draws, strict=False):
-        row[[example.unit for micro in logical for example in micro]] = 1
+        row[[example.unit for group in logical for micro in group for example in micro]] = 1
     return found
 
 
@@ -125,7 +125,7 @@ def test_each_record_of_a_unit_is_used_equally_often_and_no_more_than_the_cap_at
     n_of_unit = np.zeros(len(SIZES))
     unit_of: dict[int, int] = {}
     for logical in loaded(a_scene(tmp_path), 1500):
-        used = [(example.unit, example.record) for micro in logical for example in micro]
+        used = [(example.unit, example.record) for group in logical for micro in group for example in micro]
         units = [unit for unit, _ in used]
         assert max(np.bincount(units), default=0) <= 2
         n_of_unit[sorted(set(units))] += 1

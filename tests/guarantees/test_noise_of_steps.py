@@ -58,7 +58,7 @@ def test_what_is_added_to_the_clipped_sum_is_the_planned_noise_once(
     engine: EngineName, clipping: Clipping, secure: bool, tmp_path: Path
 ) -> None:
     scene = a_scene(tmp_path, clipping=clipping, micro_batch_tokens=1, clip_factor=0.5)
-    assert len(scene.cuts) == 3
+    assert len(scene.cuts) > 3
     scene.plan(noise_multiplier=3.0, secure=secure)
     numbers = noise_of_step(scene, engine=engine)
     assert len(numbers) > 3000
@@ -149,11 +149,6 @@ def first_coins(folder: Path) -> list[float]:
     return seen
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="transformers seeds torch's global generator from the recipe's public seed, so one unit more shifts known"
-    " masks of all others: the sum then moves by more than C for whoever knows the seed",
-)
 def test_masks_and_dropout_are_not_known_to_who_knows_the_recipe(tmp_path: Path) -> None:
     first, second = (first_coins(tmp_path / str(i)) for i in range(2))
     assert not set(first) & set(second)

@@ -102,7 +102,7 @@ def test_the_bound_sees_a_unit_that_is_split_over_micro_batches(folder: Path, mo
     case, draw = Case("gpt2", "causal_lm"), Draw(sizes=(4, 1, 2), clip_factor=0.05)
     scene = make_scene(folder, case, draw, model_of(case))
     assert max(movement(scene, unit) for unit in range(3)) <= ROUNDING
-    monkeypatch.setattr(DPLoRATrainer, "_cut", lambda self, examples: LogicalBatch([[e] for e in examples]))
+    monkeypatch.setattr(DPLoRATrainer, "_cut", lambda self, examples: LogicalBatch([[[e]] for e in examples]))
     assert max(movement(scene, unit) for unit in range(3)) > 1.2
 
 

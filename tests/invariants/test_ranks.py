@@ -208,7 +208,6 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(one: dict[str, Any], fo
     assert charged(folder / "stopped.sqlite") == [4]
 
 
-@pytest.mark.xfail(strict=False, reason="rank 0 writes the certificate, and counts the units of its own share alone")
 def test_the_certificate_counts_units_that_gave_nan_on_any_rank(two: Ranks) -> None:
     assert two[0]["nonfinite"]["n_nonfinite_units"] == 3
 
@@ -250,7 +249,6 @@ def test_torchrun_trains_by_the_command_line_what_one_process_trains(tmp_path: P
     assert len(steps) == len(set(steps)) + (steps.count(4) - 1)  # no line by two processes; the last step has a summary
 
 
-@pytest.mark.xfail(strict=False, reason="rank 1 leaves before it joins the group in which rank 0 then waits for ever")
 def test_rank_1_joins_rank_0_even_where_nothing_but_the_evaluation_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

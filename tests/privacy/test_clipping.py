@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from dpmed.privacy.clipping import clipped_sum, sum_by_unit, unit_norms, unit_positions
+from dpmed.privacy.clipping import clipped_sum, unit_norms
 
 LARGE = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)  # squares overflow float32
 ANY = LARGE | st.floats(-64, 64, width=32, allow_subnormal=False) | st.sampled_from([math.inf, -math.inf, math.nan])
@@ -92,25 +92,6 @@ def test_a_clip_norm_that_is_not_above_zero_is_refused(clip_norm: float) -> None
 def test_an_infinite_clip_norm_is_a_plain_sum() -> None:
     rows = torch.randn(5, 3) * 1e6
     assert torch.allclose(clipped_sum(rows, clip_norm=math.inf)[0], rows.sum(dim=0))
-
-
-@given(units=st.lists(st.integers(0, 9), min_size=1, max_size=12), seed=st.integers(0, 2**31))
-def test_sum_by_unit_equals_a_loop_over_records(units: list[int], seed: int) -> None:
-    rows = torch.randn(len(units), 3, generator=torch.Generator().manual_seed(seed))
-    positions, n_units = unit_positions(units)
-    order = list(dict.fromkeys(units))
-    assert n_units == len(order) and [order[at] for at in positions] == units
-    expected = torch.stack([rows[[i for i, u in enumerate(units) if u == unit]].sum(dim=0) for unit in order])
-    assert torch.allclose(sum_by_unit(rows, torch.tensor(positions), n_units=n_units), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_record_stays_in_its_own_unit(bad: float) -> None:
-    rows = torch.ones(4, 2)
-    rows[1] = bad
-    total = sum_by_unit(rows, torch.tensor([0, 1, 0, 2]), n_units=3)
-    assert torch.equal(total[[0, 2]], torch.tensor([[2.0, 2.0], [1.0, 1.0]]))
-    assert not bool(torch.isfinite(total[1]).any())
 
 
 @pytest.mark.parametrize("p", [1, 4095, 4096, 4097, 3_000_001])

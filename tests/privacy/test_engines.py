@@ -162,6 +162,36 @@ def test_rows_per_unit_equal_plain_autograd_and_no_raw_gradient_is_left(engine_t
 
 
 @both
+@pytest.mark.parametrize("cuts", [[[0, 1, 2, 3, 4]], [[0, 3], [1, 4], [2]], [[4], [3], [2], [1], [0]]], ids=str)
+def test_micro_batches_of_a_group_are_added_up_in_their_units_rows(engine_type: Engine, cuts: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    model, ids, units = Several(), torch.randint(7, (5, 4)), [4, 2, 4, 9, 2]
+    truth = {u: alone(model, model(ids[[i for i, v in enumerate(units) if v == u]])) for u in (2, 4, 9)}
+    engine = engine_type(model)
+    for _ in range(2):  # the second group must not see the first
+        engine.open_group(truth, CPU)
+        for cut in cuts[:-1]:
+            engine.begin([units[i] for i in cut], CPU)
+            engine.backward(model(ids[cut]))
+        engine.begin([units[i] for i in cuts[-1]], CPU)
+        rows = rows_of(engine, model(ids[cuts[-1]]), units)
+        assert all(close(row, truth[u]) for row, u in zip(rows, truth, strict=True))
+
+
+@both
+def test_a_micro_batch_that_misses_a_weight_is_refused_even_if_another_reached_it(engine_type: Engine) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)})
+    engine = engine_type(model)
+    engine.open_group([0, 1], CPU)
+    engine.begin([0], CPU)
+    engine.backward((model["a"](torch.ones(1, 3)) + model["b"](torch.ones(1, 3))).sum(dim=1))
+    engine.begin([1], CPU)
+    engine.backward(model["a"](torch.ones(1, 3)).sum(dim=1))
+    with pytest.raises(PrivacyError, match=r"b\.weight"):
+        engine.unit_gradients()
+
+
+@both
 def test_a_later_and_larger_micro_batch_fits(engine_type: Engine) -> None:
     torch.manual_seed(0)
     model = Several()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dpmed.errors import InputError, PrivacyError
-from dpmed.privacy.sampling import PoissonUnitSampler, cut_micro_batches
+from dpmed.privacy.sampling import PoissonUnitSampler, cut_groups, cut_micro_batches
 
 FALSE_ALARM = 1e-9  # probability with which a right sampler fails one of these tests
 BOTH = pytest.mark.parametrize("secure", [False, True], ids=["fast", "secure"])
@@ -352,3 +352,38 @@ def test_micro_batch_inputs_are_checked():
         cut_micro_batches([0], units=[0], lengths=[1], max_tokens=0)
     with pytest.raises(ValueError):
         cut_micro_batches([0, 1], units=[0], lengths=[1, 1], max_tokens=5)
+
+
+# --- Groups of micro-batches ------------------------------------------------------------------------------------------
+
+DRAWN = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 40)), max_size=20)
+
+
+@given(drawn=DRAWN, max_tokens=st.integers(1, 120), max_units=st.none() | st.integers(1, 4))
+def test_groups_hold_whole_units_and_each_record_once(
+    drawn: list[tuple[int, int]], max_tokens: int, max_units: int | None
+) -> None:
+    units, lengths = [u for u, _ in drawn], [n for _, n in drawn]
+    names = [100 + i for i in range(len(drawn))]
+    groups = cut_groups(names, units=units, lengths=lengths, max_tokens=max_tokens, max_units=max_units)
+    assert sorted(name for group in groups for batch in group for name in batch) == names
+    unit_of, length_of = dict(zip(names, units, strict=True)), dict(zip(names, lengths, strict=True))
+    owners = [{unit_of[name] for batch in group for name in batch} for group in groups]
+    assert sum(map(len, owners)) == len(set(units))  # no unit is in two groups: it would be clipped twice
+    assert all(1 <= len(owner) <= (max_units or 99) for owner in owners)
+    batches = [batch for group in groups for batch in group]
+    assert all(len(b) * max(length_of[n] for n in b) <= max_tokens or len(b) == 1 for b in batches)
+
+
+def test_short_records_of_a_unit_are_not_padded_to_its_longest() -> None:
+    units, lengths = [0, 0, 1, 1, 2, 2], [100, 10, 90, 10, 80, 10]
+    (group,) = cut_groups(range(6), units=units, lengths=lengths, max_tokens=300)
+    assert sorted(map(sorted, group)) == [[0, 2, 4], [1, 3, 5]]
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in group)
+    whole = cut_micro_batches(range(6), units=units, lengths=lengths, max_tokens=300)
+    assert padded < 0.7 * sum(len(batch) * max(lengths[i] for i in batch) for batch in whole)
+
+
+def test_units_of_one_record_need_no_group_beyond_a_micro_batch() -> None:
+    groups = cut_groups(range(4), units=[5, 3, 1, 0], lengths=[9, 9, 9, 9], max_tokens=18)
+    assert [[len(batch) for batch in group] for group in groups] == [[2], [2]]

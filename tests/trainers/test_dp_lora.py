@@ -166,7 +166,7 @@ def compare(trainer: DPLoRATrainer, *, clip_some: bool = False) -> None:
     """Assert that step and slow loop agree; `clip_some` sets the clip norm between the norms of the patients."""
     examples = list(trainer.train_dataset)
     trainer.data_collator = FixedBatches(trainer.data_collator, examples)
-    cuts = trainer._cut(examples)
+    cuts = [cut for group in trainer._cut(examples) for cut in group]
     assert len(cuts) > 1 and max(len(cut) for cut in cuts) > 1
     if clip_some:
         _, norms = slow_sum(trainer, examples)
@@ -227,7 +227,7 @@ def test_the_comparison_sees_a_patient_that_is_split_over_micro_batches(
 ) -> None:
     model = with_lora(tiny_models.make_model("llama"), "causal_lm")
     trainer = make_trainer(tmp_path, model, make_spec("causal_lm"), make_records(label=False), make_plan())
-    monkeypatch.setattr(trainer, "_cut", lambda examples: LogicalBatch([[e] for e in examples]))
+    monkeypatch.setattr(trainer, "_cut", lambda examples: LogicalBatch([[[e]] for e in examples]))
     examples = list(trainer.train_dataset)
     got, (expected, _) = engine_sum(trainer, examples), slow_sum(trainer, examples)
     assert relative_error(got, expected) > 1e-2
@@ -256,9 +256,9 @@ def test_the_sum_does_not_depend_on_the_micro_batches(kind: tiny_models.Kind, tm
     n_cuts: list[int] = []
     for tokens in (1, 80, 150, 10_000):
         trainer.args.micro_batch_tokens = tokens
-        n_cuts.append(len(trainer._cut(examples)))
+        n_cuts.append(sum(map(len, trainer._cut(examples))))
         sums.append(engine_sum(trainer, examples))
-    assert n_cuts[0] == N_UNITS and n_cuts[-1] == 1 and len(set(n_cuts)) >= 3
+    assert n_cuts[0] == len(UNITS) and n_cuts[-1] == 1 and len(set(n_cuts)) >= 3
     for other in sums[1:]:
         assert relative_error(other, sums[0].double()) < 1e-5
 
@@ -407,6 +407,6 @@ def test_the_draws_come_from_the_plan_and_cap_the_windows_of_a_patient(tmp_path:
     encoded: EncodedRecords = trainer.train_dataset
     assert max(np.bincount(encoded.unit_of_example)) == 3
     for logical in trainer.get_train_dataloader():
-        units = [e.unit for micro in logical for e in micro]
+        units = [e.unit for group in logical for micro in group for e in micro]
         assert sorted(set(units)) == list(range(N_UNITS))  # rate 1: everybody
         assert max(np.bincount(units)) == 2
