@@ -73,7 +73,7 @@ class DPLoRATrainingConfig(TrainingConfig):
     expected_batch_units: int = field(default=64, metadata={"help": "expected patients per step; the public divisor"})
     max_records_per_unit: int = field(default=4, metadata={"help": "windows of one patient per step, at most"})
     micro_batch_tokens: int = field(default=4096, metadata={"help": "padded tokens per micro-batch"})
-    buffer_mib: int = field(default=512, metadata={"help": "memory for the gradients by patient of a micro-batch"})
+    buffer_mib: int = field(default=512, metadata={"help": "memory for the gradients that are clipped at once"})
     engine: EngineName = field(default="one_pass", metadata={"help": "one_pass, or opacus: the slower reference"})
     secure: bool = field(default=False, metadata={"help": "cryptographic draws and noise, float-safe noise"})
     shard_base: bool = field(default=False, metadata={"help": "several processes share the frozen base (FSDP2)"})
@@ -176,17 +176,18 @@ class DPLoRATrainer(LoRATrainer):
         ranks.from_first_rank_(engine.parameters)  # freshly made adapters must be the same everywhere
         self._charged_weights = engine.snapshot()
         try:
-            output = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
-            self._prove_movement(engine)
+            try:
+                output = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+                self._prove_movement(engine)
+            except KeyboardInterrupt:
+                self._stop_here()
+                raise
+            self.charge()  # inside: what a budget refuses at the very end must not stay in memory either
             return output
-        except KeyboardInterrupt:
-            self._stop_here()
-            raise
         except BaseException:
             self._take_back(run, engine)
             raise
         finally:
-            self.charge()
             engine.detach()
             self._engine = self._charged_weights = None
 
@@ -206,7 +207,7 @@ class DPLoRATrainer(LoRATrainer):
         `n_steps` counts steps of this run that were lost in a crash as well: they were charged.
         """
         found = self.plan.spent(0) if self._run is None else self._run.certificate()
-        lost = found["n_steps"] - self.state.global_step if self._run is not None else 0
+        lost = max(0, found["n_steps"] - self.state.global_step)  # fewer after an exception took steps back
         return {**found, "n_steps_lost": lost, "n_nonfinite_units": self.n_nonfinite}
 
     def _open(self, checkpoint: Path | None, *, n_seen: int) -> ChargedRun:

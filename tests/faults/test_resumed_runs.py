@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import tiny_models
-from dpmed.errors import InputError, PrivacyError
-from dpmed.privacy.ledger import PrivacyLedger
+from dpmed.errors import BudgetError, InputError, PrivacyError
+from dpmed.privacy.ledger import PrivacyLedger, RunCharges
 from dpmed.privacy.plan import PrivacyPlan
 from dpmed.privacy.run_state import STATE_FILE
 from dpmed.privacy.sampling import PoissonUnitSampler
@@ -185,6 +185,24 @@ def test_an_exception_leaves_no_uncharged_step_in_memory(tmp_path: Path) -> None
     flat = torch.cat([saved[name].reshape(-1) for name in sorted(saved)])
     assert float(weights(trainer).double().sum()) == pytest.approx(float(flat.double().sum()), abs=1e-6)
     assert trainer.optimizer is None
+
+
+def test_steps_that_a_budget_refuses_at_the_end_do_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another run spent the rest meanwhile, and no checkpoint asked before."""
+    trainer = make_trainer(tmp_path, make_plan())
+    before = weights(trainer)
+
+    def refuse(self: RunCharges, n_steps: int) -> None:
+        raise BudgetError("spent by another run")
+
+    monkeypatch.setattr(RunCharges, "charge", refuse)
+    with pytest.raises(BudgetError):
+        trainer.train()
+    assert torch.equal(weights(trainer), before)
+    spent = trainer.privacy_spent()
+    assert (spent["n_steps"], spent["n_steps_lost"], trainer.optimizer) == (0, 0, None)
 
 
 def test_a_callback_of_the_user_is_charged_for_before_it_looks(tmp_path: Path) -> None:
