@@ -38,6 +38,7 @@ UNSAFE_CALLS = {"yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_al
 # The pattern does not match its own source: no name follows the slash there.
 MACHINE_PATH = re.compile(r"(?<![\w.~})-])/(?:work|root|tmp|home|opt)/\w")
 DISTRIBUTIONS = {
+    "ahocorasick": "pyahocorasick",
     "dp_accounting": "dp-accounting",
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
