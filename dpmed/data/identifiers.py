@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from dpmed.data.records import record_features
+from dpmed.data.records import SPAN_SOURCES, record_features
 from dpmed.errors import InputError
 
 Span = dict[str, Any]
-"""{"start": int, "end": int, "type": str, "source": "planted" | "known" | "pattern" | "indirect"}."""
+"""{"start": int, "end": int, "type": str, "source": one of `SPAN_SOURCES`}."""
 
 # A letter, digit or underscore with its combining accents: decomposed "é" must not cut a word in two.
 _WORD = re.compile(r"(?:\w[\u0300-\u036f]*)+")
@@ -58,8 +58,7 @@ def tag_identifiers(
 ) -> Dataset:
     """Extend the `identifiers` column of `records` (see `load_records`) over the whole text.
 
-    1. Spans that are there stay, whatever their source. Those that overlap become one, of the longest one's type and
-       source. Planted spans are exact: a vote never removes or shortens one.
+    1. Spans that are there stay, whatever their source; those that overlap are resolved as in `resolved_spans`.
     2. Majority: a word (casefolded) that stands inside planted or known spans in at least half of its occurrences in
        `records` becomes a span of source "known" at its other occurrences too, of the type it has most often.
     3. Indirect: a word in the records of fewer than `k` units that is alphabetic with at least 3 letters, or holds a
@@ -82,17 +81,41 @@ def tag_identifiers(
         raise InputError(f"k is {k}: the number of patients below which a word identifies must be at least 1")
     skipped = {word.casefold() for word in protected} | FUNCTION_WORDS
     texts, units = list(records["text"]), list(records["unit"])
-    spans = [_merged(found) for found in records["identifiers"]]
+    spans = [resolved_spans(text, found) for text, found in zip(texts, records["identifiers"], strict=True)]
     labels: dict[str, tuple[str, str]] = {}
     if indirect:
         labels = {word: ("INDIRECT", "indirect") for word in _rare_words(texts, units, k, skipped)}
     labels |= {word: (kind, "known") for word, kind in _voted_types(texts, spans, skipped).items()}
     # Words are cut anew in each pass: kept, those of a hospital's notes would need tens of gigabytes.
     spans = [_filled(_words(text, skipped), found, labels) for text, found in zip(texts, spans, strict=True)]
-    columns = {name: list(records[name]) for name in records.column_names} | {"identifiers": spans}
+    return with_spans(records, spans)
+
+
+def with_spans(records: Dataset, spans: Sequence[Sequence[Span]]) -> Dataset:
+    """`records` with other `identifiers`: one list of spans a record, in the order of the rows."""
+    columns = {name: list(records[name]) for name in records.column_names} | {"identifiers": list(spans)}
     features = records.features.copy()
     features["identifiers"] = record_features()["identifiers"]
     return Dataset.from_dict(columns, features=features)
+
+
+def resolved_spans(text: str, spans: Iterable[Span]) -> list[Span]:
+    """Spans of one text that do not overlap, whatever found them; each keeps its source.
+
+    Overlapping spans of one source become one, of the longest one's type. Where spans of two sources overlap, the surer
+    source (`SPAN_SOURCES`) keeps its span whole and the other what is left of it, if that holds a letter or digit.
+    So no pattern or model can move an identifier out of the headline, or into it.
+
+    Returns: sorted by start. Spans that only touch stay apart.
+    """
+    result: list[Span] = []
+    by_source: dict[str, list[Span]] = {}
+    for span in spans:
+        by_source.setdefault(span["source"], []).append(span)
+    for source in sorted(by_source, key=SPAN_SOURCES.index):
+        left = [piece for span in _merged(by_source[source]) for piece in _left_of(span, result, text)]
+        result = sorted([*result, *left], key=lambda span: span["start"])
+    return result
 
 
 def identifier_counts(records: Dataset) -> dict[str, dict[str, int]]:
@@ -105,7 +128,10 @@ def identifier_counts(records: Dataset) -> dict[str, dict[str, int]]:
 
 
 def select_spans(spans: Iterable[Span], which: Literal["direct", "indirect", "all"]) -> list[Span]:
-    """The spans of one record that are direct (planted, known, pattern), indirect, or all, in their order.
+    """The spans of one record that are direct (found otherwise than by rarity), indirect, or all, in their order.
+
+    This is a matter of the source. Whether a type identifies by itself is another question: see `is_direct` in
+    identifier_types.py.
 
     Raises: InputError for any other `which`.
     """
@@ -139,7 +165,7 @@ def _is_candidate(word: str) -> bool:
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:
-    """Spans sorted by start, those that overlap joined into one; spans that only touch stay apart."""
+    """Spans of one source sorted by start, those that overlap joined into one; spans that only touch stay apart."""
     result: list[Span] = []
     longest = 0
     for span in sorted(spans, key=lambda s: (s["start"], -s["end"])):
@@ -150,10 +176,24 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
             continue
         end = max(result[-1]["end"], span["end"])
         if length > longest:
-            result[-1] |= {"type": span["type"], "source": span["source"]}
+            result[-1]["type"] = span["type"]
             longest = length
         result[-1]["end"] = end
     return result
+
+
+def _left_of(span: Span, taken: Sequence[Span], text: str) -> list[Span]:
+    """The parts of `span` that no span of `taken` (sorted, apart) covers; of a cut one those with a letter or digit."""
+    pieces: list[Span] = []
+    start, end = span["start"], span["end"]
+    for other in taken:
+        if start < other["end"] and other["start"] < end:
+            pieces.append(span | {"start": start, "end": other["start"]})
+            start = other["end"]
+    if start == span["start"]:
+        return [span]
+    pieces.append(span | {"start": start})
+    return [piece for piece in pieces if any(map(str.isalnum, text[piece["start"] : piece["end"]]))]
 
 
 def _place(word: _Word, spans: Sequence[Span], at: int) -> int:
@@ -207,4 +247,4 @@ def _filled(words: list[_Word], spans: list[Span], labels: dict[str, tuple[str, 
         if at == len(spans) or spans[at]["start"] >= end:
             kind, source = labels[key]
             added.append({"start": start, "end": end, "type": kind, "source": source})
-    return sorted(spans + added, key=lambda span: span["start"]) if added else spans
+    return sorted([*spans, *added], key=lambda span: span["start"]) if added else spans

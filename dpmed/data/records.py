@@ -24,7 +24,9 @@ from dpmed.errors import InputError
 PLACEHOLDER_UNIT = "record-"
 """Units that start so were made here, because no unit column was named: such a unit is one record, not a patient."""
 
-SPAN_SOURCES = ("planted", "known", "pattern", "indirect")
+SPAN_SOURCES = ("planted", "known", "pattern", "ner", "indirect")
+"""How a span came about, the surest first: put there by us; brought by the user; found by a pattern, by a model, by a
+word's rarity."""
 _SPLIT_TRIALS = 20
 
 
