@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpmed.data.canaries import plant_canaries
     from dpmed.data.identifiers import tag_identifiers
     from dpmed.data.records import load_records, split_by_unit
     from dpmed.data.tasks import TaskSpec
     from dpmed.frontier import run_frontier
     from dpmed.memorization.evaluator import MemorizationEvaluator
+    from dpmed.privacy.audit import audit_epsilon
     from dpmed.privacy.ledger import PrivacyLedger
     from dpmed.privacy.plan import PrivacyPlan
     from dpmed.report.build import build_report
@@ -37,8 +39,10 @@ _MODULES = {
     "SANITrainer": "dpmed.trainers.sani",
     "SANITrainingConfig": "dpmed.trainers.sani",
     "TaskSpec": "dpmed.data.tasks",
+    "audit_epsilon": "dpmed.privacy.audit",
     "build_report": "dpmed.report.build",
     "load_records": "dpmed.data.records",
+    "plant_canaries": "dpmed.data.canaries",
     "run_frontier": "dpmed.frontier",
     "split_by_unit": "dpmed.data.records",
     "tag_identifiers": "dpmed.data.identifiers",
@@ -58,8 +62,10 @@ __all__ = [
     "SANITrainingConfig",
     "TaskSpec",
     "__version__",
+    "audit_epsilon",
     "build_report",
     "load_records",
+    "plant_canaries",
     "run_frontier",
     "split_by_unit",
     "tag_identifiers",
