@@ -155,10 +155,18 @@ class EvaluationSection:
     """Prefix lengths p of (p, n) extraction."""
     suffix_tokens: list[int] = field(default_factory=lambda: [50])
     """Suffix lengths n of (p, n) extraction."""
+    temperature: float = 1.0
+    """Probabilistic extraction: temperature at which text is drawn."""
+    top_k: int | None = 40
+    """Probabilistic extraction: text is drawn from the k most likely tokens; null draws from all."""
+    tries: list[int] = field(default_factory=lambda: [1, 10, 100, 1000])
+    """Probabilistic extraction: numbers of tries."""
+    probability: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
+    """Probabilistic extraction: a record counts if its suffix appears in the tries with at least this probability."""
     fpr: list[float] = field(default_factory=lambda: [0.01, 0.001])
     """False-positive rates at which membership attacks are reported."""
     min_k: float = 0.2
-    """Share of the least likely tokens in Min-K%."""
+    """Share of the least likely tokens in Min-K% and Min-K%++."""
     max_records: int | None = None
     """Evaluate at most so many records of each side, drawn by patient; null takes all."""
     batch_tokens: int = 8192

@@ -8,68 +8,36 @@ completes some of it. No result holds text or an identifier's value.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
-from scipy.stats import ks_2samp
 from torch import nn
 
 from dpmed.data.identifiers import tag_identifiers
-from dpmed.data.tasks import EncodedRecords, TaskSpec, encode
-from dpmed.errors import InputError
-from dpmed.memorization.extraction import extraction_figures, identifier_extraction
-from dpmed.memorization.intervals import Measure, NotApplicable, bootstrap_ratio, dense_units, figures_json
-from dpmed.memorization.leakage import identifier_counts, identifier_figures
-from dpmed.memorization.membership import (
-    Sides,
-    attack_figures,
-    loss_score,
-    min_k_score,
-    reference_score,
-    zlib_lengths,
-    zlib_score,
+from dpmed.data.tasks import TaskSpec, encode
+from dpmed.memorization.battery import (
+    CLASSIFIER_BASE,
+    CLASSIFIER_TEXT,
+    NO_BASE,
+    SEED,
+    Battery,
+    Side,
+    classifier_nothing,
 )
-from dpmed.memorization.scoring import score_classification, score_records
-from dpmed.memorization.statistics import TokenScores, record_units, scores_fingerprint
+from dpmed.memorization.checks import check_model, check_records, check_settings, check_tokens, warnings_of
+from dpmed.memorization.intervals import NotApplicable, dense_units, figures_json
+from dpmed.memorization.scoring import Progress, kept_scores, score_classification, score_records
+from dpmed.memorization.statistics import TokenScores, record_units
+from dpmed.memorization.vocabulary import Sampling
 from dpmed.recipe import EvaluationSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EvaluationSettings = EvaluationSection
-
-SEED = 0
-"""Of the choice of records and of all resamples, so that every run of a grid is measured on the same records."""
-FEW_RECORDS = 30
-ATTACKS = ("loss", "reference", "min_k", "zlib")
-
-NO_BASE = "no base model was given (model.base)"
-CLASSIFIER_TEXT = "a classifier gives no probabilities of text"
-CLASSIFIER_BASE = "the head of a classifier is not trained before fine-tuning"
-MASKED_CONTINUES = "a masked language model does not continue a text"
-
-
-@dataclass(frozen=True)
-class Side:
-    """The records of one side, tokenised."""
-
-    name: str
-    records: Dataset
-    encoded: EncodedRecords
-    units: np.ndarray
-    """Unit of each record [r]."""
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "n_records": self.encoded.n_records,
-            "n_units": len(self.encoded.unit_names),
-            "n_windows": len(self.encoded),
-            "n_records_cut": self.encoded.n_records_cut,
-            "n_text_tokens": sum(e.text_end - e.text_start for e in self.encoded),
-        }
 
 
 class MemorizationEvaluator:
@@ -83,7 +51,9 @@ class MemorizationEvaluator:
         spec: how the records become tokens; the one the model was trained with.
         settings: lengths, rates, resamples (`recipe.EvaluationSection`).
         base_scores: private folder in which the base model's statistics are kept, so that all runs of a grid share one
-            pass of it. Used again only for the same weights, token ids and task.
+            pass of it. Used again only for the same weights, token ids, task and sampling.
+        scores_dir: private folder in which the model's own statistics are kept, so that an evaluation that was killed
+            goes on where it stopped (language models). Delete it when the figures are written.
         progress: called with (stage, windows done, windows in all).
     """
 
@@ -96,6 +66,7 @@ class MemorizationEvaluator:
         spec: TaskSpec | None = None,
         settings: EvaluationSettings | None = None,
         base_scores: Path | None = None,
+        scores_dir: Path | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.model = model
@@ -104,8 +75,11 @@ class MemorizationEvaluator:
         self.spec = spec or TaskSpec()
         self.settings = settings or EvaluationSettings()
         self.base_scores = base_scores
+        self.scores_dir = scores_dir
         self.progress = progress
-        _check(self.settings)
+        check_settings(self.settings)
+        check_model(model, tokenizer, self.spec, self.settings)
+        self.battery = Battery(self.spec, self.settings)
 
     def evaluate(self, train: Dataset, heldout: Dataset, canaries: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Measure memorisation of `train`, with `heldout` as what was never seen.
@@ -117,8 +91,10 @@ class MemorizationEvaluator:
 
         Returns: {"utility", "memorization", "reference", "not_applicable", "counts", "settings", "warnings"}: plain
         JSON without text.
-        Raises: InputError if a side is empty or the model's output is not finite.
+        Raises: InputError if a side is empty, a text is on both sides, the tokenizer or the context does not fit the
+            model, or the model's output is not finite.
         """
+        check_records(train, heldout)
         members, others = self._side("train", train), self._side("heldout", heldout)
         tree, counts = (
             self._classifier(members, others)
@@ -137,12 +113,10 @@ class MemorizationEvaluator:
             "not_applicable": reasons,
             "counts": counts,
             "settings": {**asdict(self.settings), "seed": SEED, "task": self.spec.kind},
-            "warnings": _warnings(members, others, tree["memorization"]),
+            "warnings": warnings_of({side.name: side.encoded for side in (members, others)}, tree["memorization"]),
         }
 
     def _side(self, name: str, records: Dataset) -> Side:
-        if len(records) == 0:
-            raise InputError(f"{name}: no records to evaluate; check data.{name}")
         if self.settings.k is not None:
             records = tag_identifiers(records, k=self.settings.k)
         if self.settings.max_records is not None and len(records) > self.settings.max_records:
@@ -150,52 +124,47 @@ class MemorizationEvaluator:
                 units_sample(list(records["unit"]), self.settings.max_records, SEED), keep_in_memory=True
             )
         encoded = encode(records, self.tokenizer, self.spec)
+        check_tokens(self.model, encoded, "the model")
+        if self.base_model is not None:
+            check_tokens(self.base_model, encoded, "the base model")
         return Side(name, records, encoded, record_units(encoded))
 
     def _classifier(self, members: Side, others: Side) -> tuple[dict[str, Any], dict[str, Any]]:
-        (m_loss, o_loss) = (
-            score_classification(
+        found = {
+            side.name: score_classification(
                 self.model,
                 side.encoded,
                 self.spec,
                 self.tokenizer,
                 batch_tokens=self.settings.batch_tokens,
                 progress=self._reporter(side.name),
-            )[1]
+            )
             for side in (members, others)
-        )
-        attacks: dict[str, Any] = dict.fromkeys(ATTACKS, NotApplicable(CLASSIFIER_TEXT))
-        attacks["loss"] = self._attack(members, others, -m_loss, -o_loss, "no record of one side has a label")
-        attacks["reference"] = NotApplicable(CLASSIFIER_BASE)
-        nothing = {
-            "extraction_rate": NotApplicable(CLASSIFIER_TEXT),
-            "extraction": NotApplicable(CLASSIFIER_TEXT),
-            "identifier_extraction_rate": NotApplicable(CLASSIFIER_TEXT),
-            "identifier_extraction": NotApplicable(CLASSIFIER_TEXT),
         }
+        logits, losses = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
         tree = {
             "utility": {"perplexity": NotApplicable(CLASSIFIER_TEXT)},
             "memorization": {
-                **nothing,
+                **classifier_nothing(),
                 "train_perplexity": NotApplicable(CLASSIFIER_TEXT),
-                **self._membership_headline(attacks),
-                "membership": attacks,
+                **self.battery.classifier_membership(members, others, logits, losses),
             },
-            "reference": {"base_model": NotApplicable(CLASSIFIER_BASE), "heldout": dict(nothing)},
+            "reference": {"base_model": NotApplicable(CLASSIFIER_BASE), "heldout": classifier_nothing()},
         }
         return tree, {"train": members.counts(), "heldout": others.counts()}
 
     def _language_model(self, members: Side, others: Side) -> tuple[dict[str, Any], dict[str, Any]]:
-        scores = {side.name: self._scores(self.model, side, side.name) for side in (members, others)}
+        battery, sides = self.battery, (members, others)
+        scores = {side.name: self._scores(self.model, side, side.name, self.scores_dir) for side in sides}
         base = None
-        if self.base_model is not None:
-            base = {side.name: self._base_scores(self.base_model, side) for side in (members, others)}
-        memorization, counts = self._generative(members, scores["train"])
-        heldout, heldout_counts = self._generative(others, scores["heldout"])
-        memorization["train_perplexity"] = self._perplexity(members, scores["train"])
-        memorization |= self._membership(members, others, scores, base)
+        if (before := self.base_model) is not None:
+            base = {side.name: self._scores(before, side, f"base {side.name}", self.base_scores) for side in sides}
+        memorization, counts = battery.generative(members, scores["train"])
+        heldout, heldout_counts = battery.generative(others, scores["heldout"])
+        memorization["train_perplexity"] = battery.perplexity(members, scores["train"])
+        memorization |= battery.membership(members, others, scores, base)
         tree = {
-            "utility": {"perplexity": self._perplexity(others, scores["heldout"])},
+            "utility": {"perplexity": battery.perplexity(others, scores["heldout"])},
             "memorization": memorization,
             "reference": {
                 "base_model": NotApplicable(NO_BASE) if base is None else self._base_figures(members, others, base),
@@ -205,117 +174,26 @@ class MemorizationEvaluator:
         return tree, {"train": members.counts() | counts, "heldout": others.counts() | heldout_counts}
 
     def _base_figures(self, members: Side, others: Side, base: Mapping[str, TokenScores]) -> dict[str, Any]:
-        memorization, _ = self._generative(members, base["train"])
-        memorization["train_perplexity"] = self._perplexity(members, base["train"])
-        memorization |= self._membership(members, others, base, None, "this is the base model")
+        battery = self.battery
+        memorization, _ = battery.generative(members, base["train"])
+        memorization["train_perplexity"] = battery.perplexity(members, base["train"])
+        memorization |= battery.membership(members, others, base, None, "this is the base model")
         return {
-            "utility": {"perplexity": self._perplexity(others, base["heldout"])},
+            "utility": {"perplexity": battery.perplexity(others, base["heldout"])},
             "memorization": memorization,
-            "heldout": self._generative(others, base["heldout"])[0],
+            "heldout": battery.generative(others, base["heldout"])[0],
         }
 
-    def _generative(self, side: Side, scores: TokenScores) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Extraction of records and identifiers of one side, and their counts."""
-        settings, counts = self.settings, {}
-        pairs: Any = NotApplicable(MASKED_CONTINUES)
-        headline: Any = pairs
-        if self.spec.kind == "causal_lm":
-            pairs, counts["extraction"] = extraction_figures(
-                scores,
-                side.units,
-                settings.prefix_tokens,
-                settings.suffix_tokens,
-                bootstrap=settings.bootstrap,
-                seed=SEED,
-            )
-            headline = next(iter(pairs.values()))
-        hits = identifier_extraction(scores, side.encoded)
-        figures = {
-            "extraction_rate": headline,
-            "extraction": pairs,
-            **identifier_figures(hits, bootstrap=settings.bootstrap, seed=SEED),
-        }
-        counts["n_records_without_scored_token"] = int(np.isnan(loss_score(scores)).sum())
-        return figures, counts | identifier_counts(hits)
+    def _scores(self, model: nn.Module, side: Side, stage: str, folder: Path | None) -> TokenScores:
+        """A model's statistics of one side: from the folder where they were kept, else from a pass of it."""
+        inputs = (model, side.encoded, self.spec, self.tokenizer)
+        sampling = Sampling(self.settings.temperature, self.settings.top_k)
+        size, progress = self.settings.batch_tokens, self._reporter(stage)
+        if folder is None:
+            return score_records(*inputs, sampling=sampling, batch_tokens=size, progress=progress)
+        return kept_scores(*inputs, folder, side.name, sampling=sampling, batch_tokens=size, progress=progress)
 
-    def _membership(
-        self,
-        members: Side,
-        others: Side,
-        scores: Mapping[str, TokenScores],
-        base: Mapping[str, TokenScores] | None,
-        no_reference: str = NO_BASE,
-    ) -> dict[str, Any]:
-        def of(side: Side) -> dict[str, np.ndarray]:
-            own = scores[side.name]
-            found = {
-                "loss": loss_score(own),
-                "min_k": min_k_score(own, self.settings.min_k),
-                "zlib": zlib_score(own, zlib_lengths(side.records["text"])),
-            }
-            return found if base is None else found | {"reference": reference_score(own, base[side.name])}
-
-        of_members, of_others = of(members), of(others)
-        attacks: dict[str, Any] = {}
-        for name in ATTACKS:
-            if name not in of_members:
-                attacks[name] = NotApplicable(no_reference)
-                continue
-            reason = "no record of one side has a scored token"
-            attacks[name] = self._attack(members, others, of_members[name], of_others[name], reason)
-        return {**self._membership_headline(attacks), "membership": attacks}
-
-    def _attack(self, members: Side, others: Side, m: np.ndarray, o: np.ndarray, reason: str) -> Any:
-        """One attack's figures over the records that have a score; a reason if a side has none."""
-        has_m, has_o = np.isfinite(m), np.isfinite(o)
-        if not has_m.any() or not has_o.any():
-            return NotApplicable(reason)
-        sides = Sides(m[has_m], o[has_o], members.units[has_m], others.units[has_o])
-        return attack_figures(sides, self.settings.fpr, bootstrap=self.settings.bootstrap, seed=SEED)
-
-    def _membership_headline(self, attacks: Mapping[str, Any]) -> dict[str, Any]:
-        """The reference attack stands for all where there is a base model, else the loss attack."""
-        name = "loss" if isinstance(attacks["reference"], NotApplicable) else "reference"
-        chosen = attacks[name]
-        keys = ["auc", *(f"tpr_at_fpr_{fpr:g}" for fpr in self.settings.fpr)]
-        figures = {f"membership_{key}": chosen if isinstance(chosen, NotApplicable) else chosen[key] for key in keys}
-        return {"membership_attack": name, **figures}
-
-    def _perplexity(self, side: Side, scores: TokenScores) -> Measure | NotApplicable:
-        """exp of the mean negative log-likelihood per text token (masked_lm: pseudo-perplexity)."""
-        loss = -scores.per_record(scores.log_prob)
-        tokens = scores.per_record(np.ones(len(scores.record)))
-        if tokens.sum() == 0:
-            return NotApplicable("no scored token")
-        bounds = bootstrap_ratio(loss, tokens, side.units, self.settings.bootstrap, SEED)
-        if dense_units(side.units)[1] < 2:
-            bounds = (np.nan, np.nan)  # one patient tells nothing about another
-        value, low, high = np.exp(np.minimum([loss.sum() / tokens.sum(), *bounds], 700.0))  # exp(710) overflows
-        return Measure(float(value), float(low), float(high), int(tokens.sum()), "worse")
-
-    def _scores(self, model: nn.Module, side: Side, stage: str) -> TokenScores:
-        return score_records(
-            model,
-            side.encoded,
-            self.spec,
-            self.tokenizer,
-            batch_tokens=self.settings.batch_tokens,
-            progress=self._reporter(stage),
-        )
-
-    def _base_scores(self, base_model: nn.Module, side: Side) -> TokenScores:
-        """The base model's statistics: from the folder where they were kept, else from a pass of it."""
-        if self.base_scores is None:
-            return self._scores(base_model, side, f"base {side.name}")
-        fingerprint = scores_fingerprint(base_model, side.encoded, self.spec)
-        path = self.base_scores / f"{side.name}-{fingerprint[:16]}.safetensors"
-        if path.is_file():
-            return TokenScores.load(path, fingerprint)
-        scores = self._scores(base_model, side, f"base {side.name}")
-        scores.save(path, fingerprint)
-        return scores
-
-    def _reporter(self, stage: str) -> Callable[[int, int], None] | None:
+    def _reporter(self, stage: str) -> Progress | None:
         progress = self.progress
         return None if progress is None else lambda done, total: progress(stage, done, total)
 
@@ -327,51 +205,3 @@ def units_sample(units: list[str], max_records: int, seed: int) -> list[int]:
     fitting = np.cumsum(np.bincount(dense, minlength=n_units)[order]) <= max_records
     chosen = order[: max(1, int(fitting.sum()))]
     return np.flatnonzero(np.isin(dense, chosen)).tolist()
-
-
-def _check(settings: EvaluationSettings) -> None:
-    """Refuse settings that no figure can be computed from.
-
-    Raises: InputError naming the key.
-    """
-    for name in ("prefix_tokens", "suffix_tokens"):
-        lengths = getattr(settings, name)
-        if not lengths or min(lengths) < 1:
-            raise InputError(f"evaluation.{name} is {lengths}; give one or more lengths of at least 1")
-    if any(not 0 < fpr < 1 for fpr in settings.fpr):
-        raise InputError(f"evaluation.fpr is {settings.fpr}; give rates between 0 and 1")
-    if not 0 < settings.min_k <= 1:
-        raise InputError(f"evaluation.min_k is {settings.min_k}; give a share above 0 and at most 1")
-    for name in ("batch_tokens", "bootstrap"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"evaluation.{name} is {getattr(settings, name)}; give a number of at least 1")
-    if settings.max_records is not None and settings.max_records < 1:
-        raise InputError(f"evaluation.max_records is {settings.max_records}; give a number of at least 1, or null")
-
-
-def _warnings(members: Side, others: Side, memorization: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before believing the figures."""
-    found = [
-        f"{side.name}: only {side.encoded.n_records} records; the intervals are wide"
-        for side in (members, others)
-        if side.encoded.n_records < FEW_RECORDS
-    ]
-    m, o = (_text_tokens(side.encoded) for side in (members, others))
-    if float(np.asarray(ks_2samp(m, o))[1]) < 0.001:  # the p-value
-        found.append(
-            "train and held-out records differ in length: membership attacks may tell the two sides apart by that alone"
-        )
-    auc = memorization["membership_auc"]
-    if isinstance(auc, Measure) and auc.high < 0.5:
-        found.append(
-            "membership AUC is below 0.5: this does not mean more privacy, but that train and held-out records differ"
-        )
-    return found
-
-
-def _text_tokens(encoded: EncodedRecords) -> np.ndarray:
-    """Text tokens of each record [r]."""
-    lengths = np.zeros(encoded.n_records, dtype=np.int64)
-    for example in encoded:
-        lengths[example.record] += example.text_end - example.text_start
-    return lengths

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 from scipy.stats import rankdata
 
 from dpmed.memorization.intervals import (
@@ -24,6 +25,8 @@ from dpmed.memorization.statistics import TokenScores
 
 ROC_POINTS = 60
 """At most so many points of a curve go into the JSON."""
+SMALLEST_DEVIATION = 1e-4
+"""Of a vocabulary's log-probabilities, in nats: what float32 sums can tell from none."""
 _WEIGHTS_AT_ONCE = 4_000_000
 
 
@@ -56,9 +59,13 @@ def reference_score(scores: TokenScores, base: TokenScores) -> np.ndarray:
     Raises: ValueError if the two do not score the same tokens.
     Reference: Carlini et al. 2021; a difference of mean log-likelihoods, the logarithm of a likelihood ratio per token.
     """
+    _check_same_records(scores, base)
+    return loss_score(scores) - loss_score(base)
+
+
+def _check_same_records(scores: TokenScores, base: TokenScores) -> None:
     if not np.array_equal(scores.offsets, base.offsets):
         raise ValueError("the scores are of different records")
-    return loss_score(scores) - loss_score(base)
 
 
 def min_k_score(scores: TokenScores, share: float) -> np.ndarray:
@@ -67,17 +74,106 @@ def min_k_score(scores: TokenScores, share: float) -> np.ndarray:
     Raises: ValueError if share is not in (0, 1].
     Reference: Shi et al. 2024 (Min-K%).
     """
+    return _mean_of_lowest(scores, scores.log_prob, share)
+
+
+def min_k_plus_plus_score(scores: TokenScores, share: float) -> np.ndarray:
+    """Mean of the lowest `share` of (log p - mu) / sigma of each record, at least one [r].
+
+    mu and sigma are mean and standard deviation of the vocabulary's log-probabilities under the model's own
+    distribution at that position: a token counts as unlikely where the model had a better idea.
+
+    Edge cases: where sigma is below `SMALLEST_DEVIATION` (a model that is certain), that value stands for it.
+    Raises: ValueError if share is not in (0, 1], or the scores hold no mean and deviation.
+    Reference: Zhang et al. 2024 (Min-K%++, arXiv 2404.02936).
+    """
+    deviation = np.maximum(scores.detail("deviation").astype(np.float64), SMALLEST_DEVIATION)
+    return _mean_of_lowest(scores, (scores.log_prob - scores.detail("mean").astype(np.float64)) / deviation, share)
+
+
+def _mean_of_lowest(scores: TokenScores, values: np.ndarray, share: float) -> np.ndarray:
+    """Mean of the lowest `share` of each record's scored values, at least one [r]; NaN without a scored token."""
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; choose a number in (0, 1]")
     keep = scores.scored
-    record, log_prob = scores.record[keep], scores.log_prob[keep].astype(np.float64)
-    order = np.lexsort((log_prob, record))
-    record, log_prob = record[order], log_prob[order]
+    record, value = scores.record[keep], values[keep].astype(np.float64)
+    order = np.lexsort((value, record))
+    record, value = record[order], value[order]
     sizes = np.bincount(record, minlength=scores.n_records)
     rank = np.arange(len(record)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     taken = rank < np.maximum(1, np.floor(share * sizes + 1e-9))[record]
     with np.errstate(invalid="ignore"):
-        return np.bincount(record, log_prob * taken, scores.n_records) / np.bincount(record, taken, scores.n_records)
+        return np.bincount(record, np.where(taken, value, 0), scores.n_records) / np.bincount(
+            record, taken, scores.n_records
+        )
+
+
+def ez_score(scores: TokenScores, base: TokenScores) -> np.ndarray:
+    """How one-sidedly fine-tuning moved the tokens that the model still gets wrong [r].
+
+    Over the positions where the model's first choice is wrong, P sums the positive log p_M - log p_R and N the sizes of
+    the negative ones. The score is P / (P + N), which orders records as P / N does and stays finite.
+
+    Edge cases: a record with fewer than two wrong positions scores 2, above all others: the model knows it by heart.
+    Where nothing moved (P = N = 0) it is 0.5. NaN for a record with fewer than two scored tokens, which says nothing.
+    Raises: ValueError if the two do not score the same tokens.
+    Reference: the EZ attack; error positions of the tuned model, compared with the model before fine-tuning.
+    """
+    _check_same_records(scores, base)
+    wrong = scores.scored & ~scores.is_argmax
+    moved = np.where(wrong, scores.log_prob.astype(np.float64) - base.log_prob.astype(np.float64), 0.0)
+    up, down = (scores.per_record(np.maximum(sign * moved, 0.0)) for sign in (1, -1))
+    with np.errstate(invalid="ignore"):
+        score = np.where(up + down > 0, up / (up + down), 0.5)
+    score = np.where(scores.per_record(wrong) < 2, 2.0, score)
+    return np.where(scores.per_record(np.ones(len(scores.record))) < 2, np.nan, score)
+
+
+def margin_score(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """By how much a classifier's logits prefer the truth [r]; NaN for a record without a label.
+
+    Shapes: r = records, l = labels.
+
+    Args:
+        logits: [r, l].
+        labels: class of each record, int [r], -1 for none: the true logit minus the largest other one. Or 0 and 1 for
+            each label, float [r, l], NaN for none: the mean over labels of the logit, sign turned where the label is 0.
+
+    Reference: the hinge confidence of Carlini et al. 2022 (arXiv 2112.03570), after the confidence attack of Yeom et
+    al. 2018 and Song and Mittal 2021.
+    """
+    logits = logits.astype(np.float64)
+    if labels.ndim == 2:
+        return np.mean(np.where(labels > 0.5, logits, -logits) + 0 * labels, axis=1)
+    rows = np.arange(len(logits))
+    true = logits[rows, labels]
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    return np.where(labels < 0, np.nan, true - others.max(axis=1))
+
+
+def modified_entropy_score(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Minus the modified entropy of a classifier's answer [r]: 0 when it is certain of the truth, falling without end.
+
+    Mentr = -(1 - p_y) log p_y - sum over the other classes i of p_i log(1 - p_i). With several labels each is a
+    question of two classes, and the mean is taken.
+
+    Args: as in `margin_score`.
+    Reference: Song and Mittal 2021 (arXiv 2003.10595).
+    """
+    logits = logits.astype(np.float64)
+    if labels.ndim == 2:  # -(1 - q) log q twice, q = sigmoid(signed logit)
+        signed = np.where(labels > 0.5, logits, -logits) + 0 * labels
+        return np.mean(-2 * expit(-signed) * np.logaddexp(0, -signed), axis=1)
+    total = np.logaddexp.reduce(logits, axis=1)[:, None]
+    log_p = logits - total
+    p = np.exp(log_p)
+    rows = np.arange(len(logits))
+    others = logits[:, None, :] + np.where(np.eye(logits.shape[1], dtype=bool), -np.inf, 0.0)
+    log_rest = np.logaddexp.reduce(others, axis=2) - total  # log(1 - p_i), [r, l]
+    entropy = -p * log_rest
+    entropy[rows, labels] = -np.exp(log_rest[rows, labels]) * log_p[rows, labels]
+    return np.where(labels < 0, np.nan, -entropy.sum(axis=1))
 
 
 def zlib_lengths(texts: Sequence[str]) -> np.ndarray:

@@ -1,15 +1,17 @@
 """The one forward pass: what a model says about every text token of every record, streamed.
 
-Records go through the model once, long ones first, in batches of about equal size; of each batch only two numbers per
-token are kept, the log-probability of the true token and whether it was the model's first choice. All attacks are
-functions of these. Nothing here holds text or token ids.
+Records go through the model once, long ones first, in batches of about equal size; of each batch only a few numbers
+per token are kept (`vocabulary.TokenStatistics`), never logits. All attacks are functions of these. Nothing here holds
+text or token ids. With a folder, finished batches are kept in it, so that a killed pass goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from dpmed.data.batches import pad_token_id, per_record_loss
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
 from dpmed.errors import InputError
-from dpmed.memorization.statistics import TokenScores, text_starts
+from dpmed.memorization.statistics import ScoreParts, TokenScores, scores_fingerprint, text_starts
+from dpmed.memorization.vocabulary import Sampling, TokenStatistics, token_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,8 +32,13 @@ Progress = Callable[[int, int], None]
 
 MASK_ROUNDS = 7
 """masked_lm: passes over each window; every round masks about one word in seven, close to the usual 15 %."""
+PART_SECONDS = 60.0
+"""A part is written about so often; a killed pass loses no more than that."""
 _LOGITS_AT_ONCE = 2**25
-"""Vocabulary entries of one block: 128 MiB in float32, twice that with its softmax."""
+"""Logits of one block: 128 MiB in float32, and buffers as large again on a GPU."""
+_LOGITS_AT_ONCE_CPU = 2**23
+"""The same on a CPU: a block of 32 MiB is memory used again, where a larger one is asked of the system each time."""
+NOT_FINITE = "the model's output is not finite: its weights hold NaN or infinity; train it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,9 @@ def score_records(
     spec: TaskSpec,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    sampling: Sampling | None = None,
     batch_tokens: int = 8192,
+    parts: ScoreParts | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> TokenScores:
@@ -59,12 +69,17 @@ def score_records(
     words visible; the log-probabilities then add up to a pseudo-log-likelihood (Salazar et al. 2020).
 
     Args:
-        model: causal or masked language model, or a PEFT model around one. Put in evaluation mode meanwhile.
+        model: causal or masked language model, or a PEFT model around one, in any precision; statistics are computed in
+            float32. Put in evaluation mode meanwhile.
         encoded: what `encode` made with the same tokenizer and spec.
+        sampling: how text would be drawn, for the probability of extraction; the default is `Sampling()`.
         batch_tokens: padded tokens per forward pass; memory only.
+        parts: where finished batches are kept until the caller has kept the result; those that are there already are
+            not computed again. Their fingerprint must cover the model, the records and the sampling.
         progress: called after each batch.
         device: where the model is, if its parameters do not tell.
 
+    Guarantee: a pass that was killed and restarted with the same arguments gives the same numbers as one that was not.
     Raises: InputError if the model's output is not finite, or masked_lm meets a tokenizer without a mask token.
     """
     if spec.kind == "classification":
@@ -72,34 +87,81 @@ def score_records(
     if spec.kind == "masked_lm" and tokenizer.mask_token_id is None:
         raise InputError("the tokenizer has no mask token; choose task: causal_lm, or a masked language model")
     starts, total = text_starts(encoded)
-    log_prob = np.full(total, np.nan, dtype=np.float32)
-    is_argmax = np.zeros(total, dtype=bool)
+    kept = TokenStatistics.empty(total)
     passes = _causal_passes(encoded) if spec.kind == "causal_lm" else _masked_passes(encoded)
     shift = 1 if spec.kind == "causal_lm" else 0  # logits at t - shift predict the token at t
     mask_id = tokenizer.mask_token_id if spec.kind == "masked_lm" else None
     where = torch.device(device) if device is not None else next(model.parameters()).device
     with evaluating(model):
         states_of = _StatesOf(model, where, causal=spec.kind == "causal_lm")
-        lengths = [len(encoded[p.example].input_ids) for p in passes]
+        budget = states_of.affordable(batch_tokens)
+        writer = _PartWriter(parts, budget)
+        finished = writer.restore(kept)
         done = 0
-        for chosen in length_batches(lengths, states_of.affordable(batch_tokens)):
-            batch = [passes[i] for i in chosen]
-            examples = [encoded[p.example] for p in batch]
-            input_ids, attention = pad(examples, pad_token_id(tokenizer))
-            rows = np.repeat(np.arange(len(batch)), [len(p.scored) for p in batch])
-            columns = np.concatenate([p.scored for p in batch])
-            targets = input_ids[rows, columns]
-            if mask_id is not None:
-                input_ids[rows, columns] = mask_id
-            states = states_of(input_ids, attention)[rows, columns - shift]  # [scored, d]
-            at = np.concatenate([starts[p.example] + p.scored - encoded[p.example].text_start for p in batch])
-            log_prob[at], is_argmax[at] = _true_token_statistics(states, targets, states_of)
-            done += len(batch)
+        for number, chosen in enumerate(length_batches([len(encoded[p.example].input_ids) for p in passes], budget)):
+            done += len(chosen)
+            if number not in finished:
+                batch = [passes[i] for i in chosen]
+                examples = [encoded[p.example] for p in batch]
+                input_ids, attention = pad(examples, pad_token_id(tokenizer))
+                rows = np.repeat(np.arange(len(batch)), [len(p.scored) for p in batch])
+                columns = np.concatenate([p.scored for p in batch])
+                targets = input_ids[rows, columns]
+                if mask_id is not None:
+                    input_ids[rows, columns] = mask_id
+                states = states_of(input_ids, attention)[rows, columns - shift]  # [scored, d]
+                at = np.concatenate([starts[p.example] + p.scored - encoded[p.example].text_start for p in batch])
+                for rows_done, found in _true_token_statistics(states, targets, states_of, sampling or Sampling()):
+                    kept.put(at[rows_done], found)
+                if np.isnan(kept.log_prob[at]).any():
+                    raise InputError(NOT_FINITE)
+                writer.add(number, at, kept)
             if progress is not None:
                 progress(done, len(passes))
-    if np.isnan(log_prob).sum() > total - sum(len(p.scored) for p in passes):
-        raise InputError("the model's output is not finite: its weights hold NaN or infinity; train it again")
-    return TokenScores.for_records(encoded, log_prob, is_argmax)
+        writer.write(kept)
+    return TokenScores.for_records(encoded, kept)
+
+
+def kept_scores(
+    model: nn.Module,
+    encoded: EncodedRecords,
+    spec: TaskSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    name: str,
+    *,
+    sampling: Sampling | None = None,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+    device: torch.device | str | None = None,
+) -> TokenScores:
+    """`score_records`, or what an earlier call kept in `folder` of the same weights, token ids, task and sampling.
+
+    Args:
+        folder: private; made with mode 0700 and files with 0600. Holds no text.
+        name: first words of the files' names.
+
+    Raises: as `score_records`; InputError if a kept file is damaged.
+    """
+    fingerprint = scores_fingerprint(model, encoded, spec, sampling or Sampling())
+    path = folder / f"{name}-{fingerprint[:16]}.safetensors"
+    if path.is_file():
+        return TokenScores.load(path, fingerprint)
+    parts = ScoreParts(folder, name, fingerprint)
+    scores = score_records(
+        model,
+        encoded,
+        spec,
+        tokenizer,
+        sampling=sampling,
+        batch_tokens=batch_tokens,
+        parts=parts,
+        progress=progress,
+        device=device,
+    )
+    scores.save(path, fingerprint)
+    parts.remove()
+    return scores
 
 
 def score_classification(
@@ -139,7 +201,7 @@ def score_classification(
                 progress(done, len(encoded))
     logits /= windows.clamp_min(1)[:, None]
     if not torch.isfinite(logits).all():
-        raise InputError("the model's output is not finite: its weights hold NaN or infinity; train it again")
+        raise InputError(NOT_FINITE)
     return logits.numpy(), _classification_loss(logits, encoded, spec)
 
 
@@ -228,6 +290,35 @@ def mask_groups(example: Example) -> np.ndarray:
     return np.unique(group, return_inverse=True)[1]
 
 
+class _PartWriter:
+    """Collects finished batches and writes a part every `PART_SECONDS`; without parts it does nothing."""
+
+    def __init__(self, parts: ScoreParts | None, budget: int) -> None:
+        self.parts = parts and replace(parts, batch_tokens=budget)
+        self.batches: list[int] = []
+        self.at: list[np.ndarray] = []
+        self.since = time.monotonic()
+
+    def restore(self, kept: TokenStatistics) -> set[int]:
+        """Numbers of the batches that are done already; their tokens are filled in."""
+        return set() if self.parts is None else self.parts.restore(kept)
+
+    def add(self, number: int, at: np.ndarray, kept: TokenStatistics) -> None:
+        if self.parts is None:
+            return
+        self.batches.append(number)
+        self.at.append(at)
+        if time.monotonic() - self.since >= PART_SECONDS:
+            self.write(kept)
+
+    def write(self, kept: TokenStatistics) -> None:
+        """Write what was collected."""
+        if self.parts is not None and self.batches:
+            at = np.concatenate(self.at)
+            self.parts.save(self.batches, at, kept.take(at))
+        self.batches, self.at, self.since = [], [], time.monotonic()
+
+
 class _StatesOf:
     """Runs a language model up to its output layer, so that the vocabulary is paid for only where a token is scored.
 
@@ -282,15 +373,13 @@ class _StatesOf:
         return head if same else None
 
 
-def _true_token_statistics(states: Tensor, targets: np.ndarray, states_of: _StatesOf) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of each true token and whether it is the first choice, [m]; a block of logits at a time."""
-    log_prob, is_argmax = np.empty(len(targets), np.float32), np.empty(len(targets), bool)
-    at_once = max(1, _LOGITS_AT_ONCE // states_of.vocabulary)
-    for start in range(0, len(targets), at_once):
-        block = states[start : start + at_once]
-        logits = (block if states_of.head is None else states_of.head(block)).float()  # [block, v]
-        target = torch.from_numpy(targets[start : start + at_once]).to(logits.device)
-        true = logits.gather(1, target[:, None])[:, 0]
-        log_prob[start : start + at_once] = (true - logits.logsumexp(dim=1)).cpu().numpy()
-        is_argmax[start : start + at_once] = (logits.argmax(dim=1) == target).cpu().numpy()
-    return log_prob, is_argmax
+def _true_token_statistics(
+    states: Tensor, targets: np.ndarray, states_of: _StatesOf, sampling: Sampling
+) -> Iterator[tuple[slice, TokenStatistics]]:
+    """Statistics of the true tokens, for one block of logits at a time, and which of [m] they are."""
+    at_once = _LOGITS_AT_ONCE if states.device.type != "cpu" else _LOGITS_AT_ONCE_CPU
+    rows = max(1, at_once // states_of.vocabulary)
+    for start in range(0, len(targets), rows):
+        cut = slice(start, start + rows)
+        logits = states[cut] if states_of.head is None else states_of.head(states[cut])  # [block, v]
+        yield cut, token_statistics(logits, torch.from_numpy(targets[cut]).to(logits.device), sampling)

@@ -1,6 +1,7 @@
-"""What is kept of a forward pass: two numbers per text token, and a file that holds them for the base model.
+"""What is kept of a forward pass: a few numbers per text token, and files that hold them.
 
-No text and no token ids; still private, since a token's log-probability depends on it: files are made with mode 0600.
+A file of all scores lets the runs of a grid share the base model's pass; files of finished parts let a killed pass go
+on. No text and no token ids; still private, since a token's log-probability depends on it: mode 0600.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,9 +22,12 @@ from torch import nn
 
 from dpmed.data.tasks import EncodedRecords, TaskSpec
 from dpmed.errors import InputError
+from dpmed.memorization.vocabulary import Sampling, TokenStatistics
 
-_VERSION = "1"  # of the file and of what its numbers mean
-_ARRAYS = ("record", "log_prob", "is_argmax", "offsets", "first_window")
+_VERSION = "2"  # of the file and of what its numbers mean
+_STATISTICS = tuple(field.name for field in fields(TokenStatistics))
+_ARRAYS = ("record", "offsets", "first_window", *_STATISTICS)
+Detail = Literal["rank", "mean", "deviation", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,15 @@ class TokenScores:
     """Tokens of record i are offsets[i]:offsets[i + 1], int64 [r + 1]."""
     first_window: np.ndarray
     """Text tokens in the first window of each record, int32 [r]; later windows do not see these."""
+    rank: np.ndarray | None = None
+    """See `TokenStatistics`, as for the three below. None where only the two numbers above are known; read with
+    `detail`."""
+    mean: np.ndarray | None = None
+    deviation: np.ndarray | None = None
+    sampled: np.ndarray | None = None
 
     @classmethod
-    def for_records(cls, encoded: EncodedRecords, log_prob: np.ndarray, is_argmax: np.ndarray) -> TokenScores:
+    def for_records(cls, encoded: EncodedRecords, found: TokenStatistics) -> TokenScores:
         """Put the statistics of all windows, in order, to their records."""
         per_record = np.zeros(encoded.n_records, dtype=np.int64)
         first = np.zeros(encoded.n_records, dtype=np.int32)
@@ -55,7 +66,7 @@ class TokenScores:
                 first[example.record] = length
         offsets = np.concatenate([[0], np.cumsum(per_record)])
         record = np.repeat(np.arange(encoded.n_records, dtype=np.int32), per_record)
-        return cls(record, log_prob, is_argmax, offsets, first)
+        return cls(record, offsets=offsets, first_window=first, **{name: getattr(found, name) for name in _STATISTICS})
 
     @property
     def n_records(self) -> int:
@@ -66,19 +77,24 @@ class TokenScores:
         """Tokens that have a log-probability, bool [t]."""
         return ~np.isnan(self.log_prob)
 
+    def detail(self, name: Detail) -> np.ndarray:
+        """One of the statistics of a whole pass [t].
+
+        Raises: ValueError if these scores were made without it.
+        """
+        values: np.ndarray | None = getattr(self, name)
+        if values is None:
+            raise ValueError(f"the scores hold no {name}; make them with score_records")
+        return values
+
     def per_record(self, values: np.ndarray) -> np.ndarray:
         """Sum of one value per token over each record, float64 [r]; tokens without a log-probability count as 0."""
         return np.bincount(self.record, weights=np.where(self.scored, values, 0), minlength=self.n_records)
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write to a safetensors file that only its owner can read, at once or not at all."""
-        data = save({name: getattr(self, name) for name in _ARRAYS}, {"version": _VERSION, "fingerprint": fingerprint})
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.unlink(missing_ok=True)
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-        part.replace(path)
+        kept = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        _write_private(path, save(kept, {"version": _VERSION, "fingerprint": fingerprint}))
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> TokenScores:
@@ -86,14 +102,83 @@ class TokenScores:
 
         Raises: InputError if the file is damaged, or is not of this model, these records and this task.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                about = file.metadata() or {}
-                if (about.get("version"), about.get("fingerprint")) != (_VERSION, fingerprint):
-                    raise InputError(f"{path.name} holds scores of another model, task or data set; delete it")
-                return cls(**{name: file.get_tensor(name) for name in _ARRAYS})
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path.name} in the folder of base scores cannot be read; delete it") from error
+        return cls(**_read_private(path, fingerprint))
+
+
+@dataclass(frozen=True)
+class ScoreParts:
+    """The finished batches of one forward pass, in files that a restarted pass begins with.
+
+    A part is written at once or not at all. Parts of another pass (weights, records, settings, size of the batches)
+    are told by their fingerprint and left alone; one that another process just removed counts as not there.
+    """
+
+    folder: Path
+    name: str
+    """First words of the files' names."""
+    fingerprint: str
+    """Of all that the numbers depend on."""
+    batch_tokens: int = 0
+    """Padded tokens per batch: a batch's number means nothing where batches are cut otherwise."""
+
+    def save(self, batches: list[int], at: np.ndarray, found: TokenStatistics) -> None:
+        """Keep the tokens `at` [n], which are those of the numbered batches."""
+        arrays = {"batches": np.array(batches, np.int64), "at": at} | {n: getattr(found, n) for n in _STATISTICS}
+        path = self.folder / f"{self._stem()}{batches[0]:07d}-{batches[-1]:07d}.safetensors"
+        _write_private(path, save(arrays, {"version": _VERSION, "fingerprint": self.fingerprint}))
+
+    def restore(self, into: TokenStatistics) -> set[int]:
+        """Fill in what earlier passes finished, and say which batches those are.
+
+        Raises: InputError if a part is damaged.
+        """
+        finished: set[int] = set()
+        for path in sorted(self.folder.glob(f"{self._stem()}*.safetensors")):
+            try:
+                arrays = _read_private(path, self.fingerprint)
+            except FileNotFoundError:
+                continue
+            finished.update(arrays.pop("batches").tolist())
+            at = arrays.pop("at")
+            into.put(at, TokenStatistics(**arrays))
+        return finished
+
+    def remove(self) -> None:
+        """Delete the parts, once their numbers are kept elsewhere."""
+        for path in self.folder.glob(f"{self.name}-{self.fingerprint[:16]}.part-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _stem(self) -> str:
+        return f"{self.name}-{self.fingerprint[:16]}.part-{self.batch_tokens}-"
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    """A file that only its owner can read, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _read_private(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
+    """The arrays of a file.
+
+    Raises: InputError if it is damaged or not of this fingerprint; FileNotFoundError if there is none.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about: Mapping[str, str] = file.metadata() or {}
+            if (about.get("version"), about.get("fingerprint")) != (_VERSION, fingerprint):
+                raise InputError(f"{path.name} holds scores of another model, task or data set; delete it")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path.name} in the folder of scores cannot be read; delete it") from error
 
 
 def text_starts(encoded: EncodedRecords) -> tuple[np.ndarray, int]:
@@ -110,9 +195,10 @@ def record_units(encoded: EncodedRecords) -> np.ndarray:
     return units
 
 
-def scores_fingerprint(model: nn.Module, encoded: EncodedRecords, spec: TaskSpec) -> str:
-    """A hash of all that the scores depend on: weights, configuration, token ids, masked groups and task."""
-    digest = hashlib.sha256(f"{_VERSION} {type(model).__name__} {json.dumps(spec.to_dict(), sort_keys=True)}".encode())
+def scores_fingerprint(model: nn.Module, encoded: EncodedRecords, spec: TaskSpec, sampling: Sampling) -> str:
+    """A hash of all that the scores depend on: weights, configuration, token ids, masked groups, task and sampling."""
+    task = json.dumps([spec.to_dict(), asdict(sampling)], sort_keys=True)
+    digest = hashlib.sha256(f"{_VERSION} {type(model).__name__} {task}".encode())
     to_json: Callable[[], str] | None = getattr(getattr(model, "config", None), "to_json_string", None)
     digest.update(to_json().encode() if to_json is not None else b"")
     for name, tensor in model.state_dict().items():

@@ -115,7 +115,7 @@ def test_logits_that_change_after_the_output_layer_are_seen(tiny_model, tiny_tok
 
 
 def test_whole_logits_exist_for_a_block_of_tokens_only(tiny_model, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 5 * len(tiny_tokenizer))
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE_CPU", 5 * len(tiny_tokenizer))
     spec, model = TaskSpec(max_length=48), tiny_model("gpt2")
     encoded = encode(records(), tiny_tokenizer, spec)
     rows: list[int] = []

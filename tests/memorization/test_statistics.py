@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from datasets import Dataset
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
 from dpmed.memorization.scoring import score_records
-from dpmed.memorization.statistics import TokenScores, record_units, scores_fingerprint
+from dpmed.memorization.statistics import ScoreParts, TokenScores, record_units, scores_fingerprint
+from dpmed.memorization.vocabulary import Sampling, TokenStatistics
 
 
 def records(text: str = "The lungs are clear.") -> Dataset:
@@ -53,7 +55,7 @@ def test_a_file_gives_back_what_was_saved_and_only_its_owner_reads_it(scored, tm
     path = tmp_path / "new" / "scores.safetensors"
     scores.save(path, "abc")
     again = TokenScores.load(path, "abc")
-    for name in ("record", "log_prob", "is_argmax", "offsets", "first_window"):
+    for name in (field.name for field in fields(TokenScores)):
         np.testing.assert_array_equal(getattr(again, name), getattr(scores, name))
         assert getattr(again, name).dtype == getattr(scores, name).dtype
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -73,19 +75,80 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(scored, tmp_path: P
         TokenScores.load(path, "abc")
 
 
-def test_the_fingerprint_tells_weights_records_and_tasks_apart(tiny_model, tiny_tokenizer):
-    spec = TaskSpec(max_length=24)
+def test_the_fingerprint_tells_weights_records_tasks_and_sampling_apart(tiny_model, tiny_tokenizer):
+    spec, drawn = TaskSpec(max_length=24), Sampling()
     encoded = encode(records(), tiny_tokenizer, spec)
-    first = scores_fingerprint(tiny_model("gpt2"), encoded, spec)
-    assert scores_fingerprint(tiny_model("gpt2"), encode(records(), tiny_tokenizer, spec), spec) == first
+    first = scores_fingerprint(tiny_model("gpt2"), encoded, spec, drawn)
+    assert scores_fingerprint(tiny_model("gpt2"), encode(records(), tiny_tokenizer, spec), spec, drawn) == first
     other_records = encode(records("The lungs are not clear."), tiny_tokenizer, spec)
     other_spec = TaskSpec(max_length=20)
     others = {
-        scores_fingerprint(tiny_model("gpt2", seed=1), encoded, spec),
-        scores_fingerprint(tiny_model("llama"), encoded, spec),
-        scores_fingerprint(tiny_model("gpt2", layer_norm_epsilon=1e-3), encoded, spec),
-        scores_fingerprint(tiny_model("gpt2"), other_records, spec),
-        scores_fingerprint(tiny_model("gpt2"), encoded, other_spec),
+        scores_fingerprint(tiny_model("gpt2", seed=1), encoded, spec, drawn),
+        scores_fingerprint(tiny_model("llama"), encoded, spec, drawn),
+        scores_fingerprint(tiny_model("gpt2", layer_norm_epsilon=1e-3), encoded, spec, drawn),
+        scores_fingerprint(tiny_model("gpt2"), other_records, spec, drawn),
+        scores_fingerprint(tiny_model("gpt2"), encoded, other_spec, drawn),
+        scores_fingerprint(tiny_model("gpt2"), encoded, spec, Sampling(0.5)),
+        scores_fingerprint(tiny_model("gpt2"), encoded, spec, Sampling(1.0, None)),
     }
-    assert len(others) == 5
+    assert len(others) == 7
     assert first not in others
+
+
+def statistics_of(n: int, seed: int) -> TokenStatistics:
+    rng = np.random.default_rng(seed)
+    numbers = rng.normal(size=(4, n)).astype(np.float32)
+    return TokenStatistics(
+        numbers[0], rng.random(n) < 0.5, rng.integers(0, 9, n).astype(np.uint16), numbers[1], numbers[2], numbers[3]
+    )
+
+
+def test_parts_give_back_the_tokens_and_batches_that_they_hold(tmp_path: Path):
+    truth = statistics_of(10, 0)
+    parts = ScoreParts(tmp_path / "scores", "train", "f" * 64, batch_tokens=32)
+    for batches, at in (([0, 2], [7, 1, 4]), ([5], [0, 9])):
+        parts.save(batches, np.array(at), truth.take(np.array(at)))
+    found = TokenStatistics.empty(10)
+    assert parts.restore(found) == {0, 2, 5}
+    filled = [0, 1, 4, 7, 9]
+    for name in ("log_prob", "is_argmax", "rank", "mean", "deviation", "sampled"):
+        np.testing.assert_array_equal(getattr(found, name)[filled], getattr(truth, name)[filled])
+    assert np.isnan(found.log_prob[[2, 3, 5, 6, 8]]).all()
+    paths = list(parts.folder.iterdir())
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o600}
+    assert stat.S_IMODE(parts.folder.stat().st_mode) == 0o700
+    assert len(paths) == 2
+
+
+@pytest.mark.parametrize("other", [{"name": "heldout"}, {"fingerprint": "e" * 64}, {"batch_tokens": 64}])
+def test_parts_of_another_pass_are_left_alone(tmp_path: Path, other: dict):
+    parts = ScoreParts(tmp_path, "train", "f" * 64, batch_tokens=32)
+    parts.save([0], np.array([1]), statistics_of(1, 0))
+    assert replace(parts, **other).restore(TokenStatistics.empty(4)) == set()
+    assert parts.restore(TokenStatistics.empty(4)) == {0}
+
+
+def test_parts_are_removed_whatever_their_cut_and_no_others(tmp_path: Path):
+    parts = ScoreParts(tmp_path, "train", "f" * 64)
+    others = replace(parts, fingerprint="e" * 64)
+    for one in (replace(parts, batch_tokens=32), replace(parts, batch_tokens=64), others):
+        one.save([0], np.array([1]), statistics_of(1, 0))
+    parts.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["train-eeeeeeeeeeeeeeee.part-0-0000000-0000000.safetensors"]
+
+
+def test_a_damaged_part_is_named_and_one_of_the_same_name_is_checked(tmp_path: Path):
+    parts = ScoreParts(tmp_path, "train", "f" * 64)
+    parts.save([0], np.array([1]), statistics_of(1, 0))
+    with pytest.raises(InputError, match="another model"):  # the names hold 16 characters of the fingerprint
+        replace(parts, fingerprint="f" * 63 + "e").restore(TokenStatistics.empty(4))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InputError, match=r"part-0-.*cannot be read"):
+        parts.restore(TokenStatistics.empty(4))
+
+
+def test_scores_without_details_say_so():
+    bare = TokenScores(np.zeros(1, np.int32), np.zeros(1), np.ones(1, bool), np.array([0, 1]), np.ones(1, np.int32))
+    with pytest.raises(ValueError, match="no rank"):
+        bare.detail("rank")
