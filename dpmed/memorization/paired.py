@@ -1,0 +1,196 @@
+"""Two models on the same records, and one figure over several seeds.
+
+Two intervals that overlap do not say that two models agree: most of their width is the choice of patients, which both
+models share. The difference is therefore taken record by record, and each resample draws the same patients for both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy.stats import binomtest
+from scipy.stats import t as student_t
+
+from dpmed.memorization.intervals import (
+    HigherIs,
+    Measure,
+    NotApplicable,
+    bootstrap_by_unit,
+    bootstrap_ratio,
+    dense_units,
+    wilson,
+)
+
+
+def paired_rate_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    units: np.ndarray,
+    higher_is: HigherIs,
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Measure:
+    """Rate of the first model minus rate of the second, on the same cases.
+
+    Args:
+        first: success of each case with the first model, bool [r].
+        second: the same with the second model, bool [r].
+        units: unit of each case, int [r].
+        higher_is: whether a higher rate is better or worse.
+        bootstrap: resamples of units, the same for both models.
+        seed: of the resamples.
+
+    Returns: n counts the cases. `extra` holds `p_value`, its `test`, and `n_only_first` and `n_only_second`, the cases
+    where one model alone succeeds. With one case a unit the test is McNemar's exact one; else the exact sign test over
+    units of which model has more successes there, which is the same for single cases but does not take the cases of
+    one patient for independent. The interval is the percentile bootstrap over units; where all resamples agree, the
+    one of Newcombe with as many cases as there are units.
+    Raises: ValueError without any case, or if the lengths differ.
+    Reference: McNemar 1947; Newcombe 1998 (method 10 without its correlation term).
+    """
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    _check(first, second, units)
+    dense, n_units = dense_units(units)
+    only_first, only_second = first & ~second, ~first & second
+    difference = only_first.astype(float) - only_second
+    low, high = bootstrap_ratio(difference, np.ones(len(first)), dense, bootstrap, seed)
+    up, down = float(only_first.mean()), float(only_second.mean())
+    if not low < high:  # also NaN: no resample was asked for
+        (up_low, up_high), (down_low, down_high) = (wilson(rate * n_units, n_units) for rate in (up, down))
+        low = up - down - math.hypot(up - up_low, down_high - down)
+        high = up - down + math.hypot(up_high - up, down - down_low)
+    net = np.bincount(dense, weights=difference, minlength=n_units)
+    won, lost = int((net > 0).sum()), int((net < 0).sum())
+    extra = {
+        "p_value": float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
+        "test": "exact McNemar" if n_units == len(first) else "exact sign test over units",
+        "n_only_first": int(only_first.sum()),
+        "n_only_second": int(only_second.sum()),
+    }
+    return Measure(up - down, max(-1.0, low), min(1.0, high), len(first), higher_is, extra)
+
+
+def paired_mean_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    units: np.ndarray,
+    higher_is: HigherIs,
+    *,
+    weights: np.ndarray | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Measure | NotApplicable:
+    """Mean of the first model's values minus mean of the second's, on the same cases.
+
+    Args:
+        first: value of each case with the first model, [r]; NaN where there is none.
+        second: the same with the second model, [r].
+        units: unit of each case, int [r].
+        higher_is: whether higher values are better or worse.
+        weights: of each case, [r], for example its number of tokens; equal by default.
+        bootstrap: resamples of units, the same for both models.
+        seed: of the resamples.
+
+    Returns: n counts the cases that have both values; `n_left_out` in `extra` the others. The interval is the
+    percentile bootstrap over units; not finite (null in JSON) for a single unit, or where all units differ by the same.
+    Raises: ValueError if the lengths differ, or a weight is negative.
+    """
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    _check(first, second, units)
+    weight = np.ones(len(first)) if weights is None else np.asarray(weights, dtype=float)
+    if len(weight) != len(first) or (weight < 0).any():
+        raise ValueError("weights must be one per case, and not negative")
+    both = np.isfinite(first) & np.isfinite(second)
+    if not weight[both].sum() > 0:
+        return NotApplicable("no record has a value with both models")
+    weight, difference, units = weight[both], (first - second)[both], np.asarray(units)[both]
+    low, high = bootstrap_ratio(weight * difference, weight, units, bootstrap, seed)
+    if not low < high:
+        low, high = math.nan, math.nan
+    value = float((weight * difference).sum() / weight.sum())
+    return Measure(value, low, high, int(both.sum()), higher_is, {"n_left_out": int((~both).sum())})
+
+
+def paired_statistic_difference(
+    first: Callable[[np.ndarray], float],
+    second: Callable[[np.ndarray], float],
+    units: np.ndarray,
+    higher_is: HigherIs,
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Measure:
+    """Difference of any statistic of the records between two models, for example an AUC.
+
+    Args:
+        first: the first model's statistic of the records at the given indices (an index may occur several times).
+        second: the same for the second model.
+        units: unit of each record, int [r].
+        higher_is: whether a higher statistic is better or worse.
+        bootstrap: resamples of units, the same for both models.
+        seed: of the resamples.
+
+    Returns: n counts the records. The interval is the percentile bootstrap over units, not finite where all agree.
+    """
+    every = np.arange(len(units))
+    low, high = bootstrap_by_unit(lambda index: first(index) - second(index), units, bootstrap, seed)
+    if not low < high:
+        low, high = math.nan, math.nan
+    return Measure(float(first(every) - second(every)), low, high, len(units), higher_is)
+
+
+def over_seeds(
+    figures: Sequence[Measure | NotApplicable], *, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Measure | NotApplicable:
+    """One figure of runs that differ by seed alone: the mean, with the t interval over the seeds.
+
+    That interval says what another seed may give on the same records; the interval of a single run says what other
+    patients may give. Neither holds the other.
+
+    Args:
+        figures: one a seed; those that do not apply are left out and counted.
+        bounds: range of the figure, (0, 1) for a rate; the interval is cut to it.
+
+    Returns: n counts the seeds; `extra` holds `interval_over` and `n_seeds_left_out`. One seed alone keeps its own
+    interval and n, with `interval_over`: "units". Where all seeds agree, the t interval would have no width: the widest
+    interval of the single runs stands there (`interval_over`: "units").
+    Raises: ValueError without any figure, or if they disagree on the direction.
+    Reference: Student 1908.
+    """
+    if not figures:
+        raise ValueError("no figure of any seed")
+    found = [figure for figure in figures if isinstance(figure, Measure)]
+    if not found:
+        return next(figure for figure in figures if isinstance(figure, NotApplicable))
+    if len({figure.higher_is for figure in found}) > 1:
+        raise ValueError("the figures disagree on which direction is better")
+    left_out = len(figures) - len(found)
+    if len(found) == 1:
+        extra = {**found[0].extra, "interval_over": "units", "n_seeds_left_out": left_out}
+        return replace(found[0], extra=extra)
+    values = np.array([figure.value for figure in found])
+    mean, half = float(values.mean()), _t_half_width(values)
+    low, high, over = mean - half, mean + half, "seeds"
+    if values.min() == values.max():
+        mean, over = float(values[0]), "units"
+        low, high = (  # a bound that is not finite gives way to one that is
+            float(np.fmin.reduce([figure.low for figure in found])),
+            float(np.fmax.reduce([figure.high for figure in found])),
+        )
+    extra = {"interval_over": over, "n_seeds_left_out": left_out}
+    return Measure(mean, max(bounds[0], low), min(bounds[1], high), len(found), found[0].higher_is, extra)
+
+
+def _t_half_width(values: np.ndarray) -> float:
+    """Half the 95 % t interval of a mean."""
+    quantile = float(student_t.ppf(0.975, len(values) - 1))
+    return quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def _check(first: np.ndarray, second: np.ndarray, units: np.ndarray) -> None:
+    if len(first) == 0 or len(first) != len(second) or len(first) != len(units):
+        raise ValueError(f"no pairs of {len(first)} and {len(second)} cases with {len(units)} units")

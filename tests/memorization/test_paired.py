@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom, norm, ttest_1samp
+from sklearn.metrics import roc_auc_score
+
+from dpmed.memorization.intervals import Measure, NotApplicable, wilson
+from dpmed.memorization.paired import (
+    over_seeds,
+    paired_mean_difference,
+    paired_rate_difference,
+    paired_statistic_difference,
+)
+
+CASES = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=1, max_size=40)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p: the chance, at a fair coin, of all splits that are no likelier than this one."""
+    n = only_first + only_second
+    chances = np.asarray(binom.pmf(np.arange(n + 1), n, 0.5))
+    return float(chances[chances <= chances[only_first] * (1 + 1e-9)].sum())
+
+
+@given(CASES)
+def test_difference_counts_and_symmetry(cases: list[tuple[bool, bool, int]]) -> None:
+    first, second, units = (np.array(column) for column in zip(*cases, strict=True))
+    found = paired_rate_difference(first, second, units, "worse", bootstrap=50)
+    swapped = paired_rate_difference(second, first, units, "worse", bootstrap=50)
+    assert found.value == pytest.approx(first.mean() - second.mean())
+    assert -1 <= found.low <= found.value + 1e-9 and found.value - 1e-9 <= found.high <= 1
+    assert (found.value, found.low, found.high) == pytest.approx((-swapped.value, -swapped.high, -swapped.low))
+    assert found.extra["p_value"] == pytest.approx(swapped.extra["p_value"])
+    assert found.extra["n_only_first"] == sum(a and not b for a, b, _ in cases)
+    assert found.extra["n_only_second"] == sum(b and not a for a, b, _ in cases)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_one_case_a_unit_is_mcnemar(cases: list[tuple[bool, bool]]) -> None:
+    first, second = (np.array(column) for column in zip(*cases, strict=True))
+    found = paired_rate_difference(first, second, np.arange(len(cases)), "better", bootstrap=10)
+    assert found.extra["test"] == "exact McNemar"
+    assert found.extra["p_value"] == pytest.approx(mcnemar((first & ~second).sum(), (second & ~first).sum()))
+
+
+@given(CASES, st.integers(2, 4))
+def test_copies_of_a_patients_records_prove_nothing(cases: list[tuple[bool, bool, int]], copies: int) -> None:
+    first, second, units = (np.array(column) for column in zip(*cases, strict=True))
+    once = paired_rate_difference(first, second, units, "worse", bootstrap=50)
+    first, second, units = (np.tile(column, copies) for column in (first, second, units))
+    more = paired_rate_difference(first, second, units, "worse", bootstrap=50)
+    assert more.extra["p_value"] == once.extra["p_value"]
+    assert (more.value, more.low, more.high) == pytest.approx((once.value, once.low, once.high))
+
+
+def test_p_by_hand() -> None:
+    first, second = np.array([1, 1, 1, 1, 1, 0, 1]), np.array([0, 0, 0, 0, 0, 1, 1])
+    found = paired_rate_difference(first, second, np.arange(7), "worse")
+    assert found.extra["p_value"] == pytest.approx(14 / 64)  # 1 + 6 + 6 + 1 of 2**6
+
+
+def test_models_that_agree_on_everything_keep_an_interval() -> None:
+    flags = np.array([True] * 10 + [False] * 20)
+    found = paired_rate_difference(flags, flags, np.arange(30), "worse")
+    low, high = wilson(0, 30)
+    assert low == 0
+    assert (found.value, found.low, found.high) == pytest.approx((0, -high, high))
+    assert found.extra["p_value"] == 1.0
+
+
+def test_pairing_narrows_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    second = rng.random(300) < 0.5
+    first = second | (rng.random(300) < 0.05)  # the same records are easy for both
+    found = paired_rate_difference(first, second, np.arange(300), "worse")
+    assert 0 < found.low < found.value < found.high
+    single = wilson(float(first.sum()), 300)
+    assert found.high - found.low < 0.6 * (single[1] - single[0])
+
+
+def test_the_interval_covers() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    ease = (np.arange(10_000) + 0.5) / 10_000
+    truth = float((norm.cdf((ease - 0.5) / 0.3) - norm.cdf((ease - 0.7) / 0.3)).mean())
+    for trial in range(200):
+        easy = np.repeat(rng.random(60), 2)  # records of one patient are alike
+        first, second = easy + rng.normal(0, 0.3, 120) > 0.5, easy + rng.normal(0, 0.3, 120) > 0.7
+        found = paired_rate_difference(first, second, np.arange(120) // 2, "worse", bootstrap=200, seed=trial)
+        covered += found.low <= truth <= found.high
+    assert 180 <= covered < 200  # 190 expected; an interval that is always right is too wide
+
+
+def test_mean_difference_by_hand_with_weights_and_gaps() -> None:
+    first, second = np.array([3.0, 1.0, np.nan, 5.0]), np.array([1.0, 2.0, 9.0, np.inf])
+    found = paired_mean_difference(first, second, np.arange(4), "worse", weights=np.array([1.0, 3.0, 9.0, 9.0]))
+    assert isinstance(found, Measure)
+    assert (found.value, found.n, found.extra["n_left_out"]) == (pytest.approx(-0.25), 2, 2)
+    assert found.low == pytest.approx(-1.0) and found.high == pytest.approx(2.0)
+
+
+def test_mean_difference_without_anything_to_compare() -> None:
+    nothing = paired_mean_difference(np.array([np.nan]), np.array([1.0]), np.array([0]), "worse")
+    assert isinstance(nothing, NotApplicable)
+    one = paired_mean_difference(np.array([1.0, 2.0]), np.array([0.0, 0.0]), np.array([0, 0]), "worse")
+    assert isinstance(one, Measure)
+    assert one.value == 1.5 and math.isnan(one.low)
+    assert one.to_json()["low"] is None
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5), st.integers(0, 4)), min_size=1, max_size=30))
+def test_mean_difference_is_one_mean_of_differences(cases: list[tuple[float, float, int]]) -> None:
+    first, second, units = (np.array(column) for column in zip(*cases, strict=True))
+    found = paired_mean_difference(first, second, units, "better", bootstrap=50)
+    assert isinstance(found, Measure)
+    assert found.value == pytest.approx(sum(a - b for a, b, _ in cases) / len(cases), abs=1e-9)
+    shifted = paired_mean_difference(first + 7, second + 7, units, "better", bootstrap=50)
+    assert isinstance(shifted, Measure)
+    assert shifted.value == pytest.approx(found.value, abs=1e-9)
+
+
+def test_difference_of_aucs_draws_the_same_patients() -> None:
+    rng = np.random.default_rng(0)
+    member = np.arange(200) % 2 == 0
+    first = member + rng.normal(0, 1, 200)
+    second = first + rng.normal(0, 0.1, 200)
+
+    def auc(score: np.ndarray):
+        return lambda at: roc_auc_score(member[at], score[at]) if 0 < member[at].mean() < 1 else math.nan
+
+    found = paired_statistic_difference(auc(first), auc(second), np.arange(200), "worse", bootstrap=200)
+    every = np.arange(200)
+    assert found.value == pytest.approx(auc(first)(every) - auc(second)(every))
+    alone = paired_statistic_difference(auc(first), lambda at: 0.5, np.arange(200), "worse", bootstrap=200)
+    assert found.high - found.low < 0.3 * (alone.high - alone.low)
+    same = paired_statistic_difference(auc(first), auc(first), np.arange(200), "worse", bootstrap=20)
+    assert same.value == 0 and math.isnan(same.low)
+
+
+@pytest.mark.parametrize(("first", "second", "units"), [([], [], []), ([1], [1, 0], [0]), ([1], [1], [0, 1])])
+def test_cases_that_do_not_pair_are_refused(first: list[int], second: list[int], units: list[int]) -> None:
+    with pytest.raises(ValueError, match="pairs"):
+        paired_rate_difference(np.array(first), np.array(second), np.array(units), "worse")
+
+
+def test_weights_below_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="weights"):
+        paired_mean_difference(np.ones(2), np.zeros(2), np.arange(2), "worse", weights=np.array([1.0, -1.0]))
+
+
+def measure(value: float, low: float = 0.0, high: float = 1.0, n: int = 50) -> Measure:
+    return Measure(value, low, high, n, "worse")
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True))
+def test_seeds_give_students_interval(values: list[float]) -> None:
+    found = over_seeds([measure(value) for value in values])
+    assert isinstance(found, Measure)
+    truth = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.value, found.low, found.high) == pytest.approx((np.mean(values), truth.low, truth.high), abs=1e-6)
+    assert (found.n, found.extra["interval_over"]) == (len(values), "seeds")
+    cut = over_seeds([measure(value) for value in values], bounds=(0, 1))
+    assert isinstance(cut, Measure)
+    assert (cut.low, cut.high) == pytest.approx((max(0, truth.low), min(1, truth.high)), abs=1e-6)
+
+
+def test_one_seed_keeps_its_interval_and_none_its_reason() -> None:
+    found = over_seeds([measure(0.3, 0.2, 0.4), NotApplicable("no base")])
+    assert isinstance(found, Measure)
+    assert (found.value, found.low, found.high, found.n) == (0.3, 0.2, 0.4, 50)
+    assert found.extra == {"interval_over": "units", "n_seeds_left_out": 1}
+    assert over_seeds([NotApplicable("a"), NotApplicable("b")]) == NotApplicable("a")
+
+
+def test_seeds_that_agree_do_not_claim_certainty() -> None:
+    found = over_seeds([measure(0.0, 0.0, 0.1), measure(0.0, math.nan, 0.2), measure(0.0, 0.0, 0.05)])
+    assert isinstance(found, Measure)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.2)
+    assert found.extra["interval_over"] == "units"
+
+
+def test_seeds_must_agree_on_the_direction() -> None:
+    with pytest.raises(ValueError, match="direction"):
+        over_seeds([measure(0.1), Measure(0.1, 0.0, 1.0, 5, "better")])
+    with pytest.raises(ValueError, match="no figure"):
+        over_seeds([])
