@@ -112,8 +112,8 @@ def _texts(table: Table, name: str) -> list[str]:
     return values
 
 
-def _scalar(value: object) -> str | None:
-    """One value as str; None for a missing or blank one. Raises TypeError for lists and objects."""
+def single_value(value: object) -> str | None:
+    """One cell as str, stripped; None for a missing or blank one. Raises TypeError for lists and objects."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, (list, dict, tuple, set, bytes)) or (isinstance(value, str) and not _storable(value)):
@@ -141,11 +141,11 @@ def _scalars(table: Table, name: str, convert: Callable[[object], Any], wanted: 
 
 
 def _names(table: Table, name: str) -> list[str]:
-    return _scalars(table, name, _scalar, "a single value")
+    return _scalars(table, name, single_value, "a single value")
 
 
 def _label(value: object) -> str | None:
-    found = _scalar(value)
+    found = single_value(value)
     # csv writers spell booleans True, true or TRUE: one class, whatever the format.
     return found.lower() if found is not None and found.lower() in ("true", "false") else found
 
@@ -158,7 +158,7 @@ def _labels(table: Table, name: str, multi_label: bool, separator: str) -> list[
             parts = list(value)
         else:
             parts = [value]
-            if _scalar(value) is None:
+            if single_value(value) is None:
                 return None
         found = [_label(part) for part in parts]
         if None in found:
