@@ -190,27 +190,27 @@ def calibrate(args: argparse.Namespace) -> Result:
 
 def tag(args: argparse.Namespace) -> Result:
     from dpmed.recipe_io import build_recipe, check_recipe
-    from dpmed.runs import claim_output_dir, write_json
 
     _only(args.flags, TAG_KEYS, verb="tag")
     # The recipe lends its data keys; tagging asks for no model.
     recipe = build_recipe({"model": {"path": "none"}, "data": {"train": args.data}}, where="tag", flags=args.flags)
     check_recipe(recipe)
-    from dpmed.data.identifiers import identifier_counts, tag_identifiers
+    from dpmed.tag_check import labelled_records
+    from dpmed.tagging import TagSources, tag_folder
 
-    records = _records(recipe, recipe.data.train)
-    tagged = tag_identifiers(records, k=args.k)
-    result = {
-        "data": args.data,
-        "n_records": len(records),
-        "n_units": len(set(records["unit"])),
-        "unit": recipe.data.unit,
-        "k": args.k,
-        "identifiers": identifier_counts(tagged),
-    }
-    claim_output_dir(args.output_dir, resume=False)
-    write_json(args.output_dir / "counts.json", result)
-    return result
+    data = recipe.data
+    sources = TagSources(
+        patterns=args.patterns == "true",
+        table=args.table,
+        table_unit=args.table_unit,
+        table_types=args.table_types,
+        everywhere=args.everywhere,
+        day_first=args.day_first,
+        ner=args.ner,
+    )
+    records, about = _records(recipe, data.train), {"data": args.data}
+    check = args.check and labelled_records(args.check, text=data.text, unit=data.unit, identifiers=data.identifiers)
+    return tag_folder(records, args.output_dir, sources, about=about, unit=data.unit, k=args.k, check=check)
 
 
 def ledger(args: argparse.Namespace) -> Result:

@@ -76,6 +76,13 @@ def _at_least_one(text: str) -> int:
     return value
 
 
+def _pairs(text: str) -> dict[str, str]:
+    found = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and kind.strip() for name, _, kind in found):
+        raise argparse.ArgumentTypeError("expected COLUMN=TYPE, several joined by commas")
+    return {name.strip(): kind.strip() for name, _, kind in found}
+
+
 def _output(parser: argparse.ArgumentParser, *, resume: bool) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="folder to write; new or empty")
     if resume:
@@ -142,6 +149,20 @@ def add_tag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="csv, jsonl, parquet, or a saved datasets folder")
     _output(parser, resume=False)
     parser.add_argument("--k", type=_at_least_one, default=2, help="a word of fewer than k patients is an identifier")
+    parser.add_argument("--patterns", choices=("true", "false"), default="true", help="dates, numbers and other forms")
+    parser.add_argument("--ner", metavar="DIR", help="folder of a token-classification model: names that have no form")
+    parser.add_argument("--table", metavar="F", help="your table of patients: a row a patient, its values are known")
+    parser.add_argument("--table_unit", metavar="COLUMN", help="its column with the patient; default: data.unit")
+    parser.add_argument(
+        "--table_types",
+        type=_pairs,
+        default={},
+        metavar="COLUMN=TYPE,...",
+        help="columns whose names do not say a type",
+    )
+    parser.add_argument("--everywhere", action="store_true", help="look for its values in other patients' records too")
+    parser.add_argument("--day_first", action="store_true", help="03/04/1950 is the third of April")
+    parser.add_argument("--check", metavar="F", help="labelled records: measure recall and precision of the patterns")
 
 
 def add_ledger(parser: argparse.ArgumentParser) -> None:

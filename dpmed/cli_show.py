@@ -95,13 +95,60 @@ def _attack_bounds(bounds: Mapping[str, Any]) -> None:
 
 
 def identifiers(result: Result) -> None:
-    """Counts of identifier spans by source and type."""
+    """Identifiers by source, type and number of patients; what the patterns are worth; where the records are."""
+    touched = result["touched"].get("any", {"n_records": 0, "n_units": 0})
     print(f"{result['n_records']} records of {result['n_units']} units, k = {result['k']}")
     if result["unit"] is None:
         print("no patient column is named (--data.unit), so each record counts as its own patient")
-    counts = result["identifiers"]
-    rows = [(source, kind, str(count)) for source, kinds in counts.items() for kind, count in kinds.items()]
-    _table(("source", "type", "spans"), rows)
+    print(f"with an identifier: {touched['n_records']} records, {touched['n_units']} units")
+    rows = []
+    for source, kinds in result["by_patients"].items():
+        for kind, strata in kinds.items():
+            about = result["types"][kind]
+            direct = f"direct ({about['safe_harbor'] or '?'})" if about["direct"] else "quasi"
+            cells = [str(stratum["values"]) for stratum in strata.values()]
+            rows.append((source, kind, direct, str(result["identifiers"][source][kind]), *cells))
+    _table(
+        ("source", "type", "Safe Harbor", "spans", *(f"values, {name} patients" for name in _strata(result))), rows
+    )
+    if table := result.get("table"):
+        print(
+            f"patient table: {table['n_values_found']} of {table['n_values']} values found in their patient's records"
+        )
+        if table["ignored"]:
+            print(f"columns without a type of identifier: {', '.join(table['ignored'])}")
+    for source, counts in result["overlaps"].items():
+        shares = [f"{n} also {other}" for other, n in counts.items() if other != "n_spans"]
+        if shares:
+            print(f"of {counts['n_spans']} {source} spans: {', '.join(shares)}")
+    _pattern_check(result["check"])
+    unit = "--data.unit unit " if result["unit"] else ""
+    print(f"tagged records: {Path(result['output_dir']) / 'records.parquet'} ({unit}--data.identifiers identifiers)")
+
+
+def _strata(result: Result) -> list[str]:
+    kinds = next(iter(result["by_patients"].values()), {})
+    return list(next(iter(kinds.values()), {}))
+
+
+def _pattern_check(check: Mapping[str, Any] | None) -> None:
+    if check is None:
+        print("recall of the patterns was not measured on this data (--check); docs/identifiers.md has that on ASQ-PHI")
+        return
+    print(f"patterns on {check['n_records']} labelled records:")
+    rows = [
+        (
+            measure,
+            kind,
+            str(figure["n"]),
+            _number(figure["value"]),
+            f"{_number(figure['low'])} to {_number(figure['high'])}",
+        )
+        for measure in ("recall", "precision")
+        for kind, figure in check[measure].items()
+        if figure is not None
+    ]
+    _table(("higher is better", "type", "spans", "value", "95 % interval"), rows)
 
 
 def ledger(result: Result) -> None:

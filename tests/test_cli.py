@@ -256,7 +256,7 @@ def test_calibrate(capsys: Captured) -> None:
 def test_tag_counts_and_shows_no_values(capsys: Captured, notes: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     text = printed(capsys, "tag", notes, "--output_dir", str(out), "--data.unit=patient", "--data.identifiers=spans")
-    stored = (out / "counts.json").read_text(encoding="utf-8")
+    stored = (out / "identifiers.json").read_text(encoding="utf-8")
     counts = json.loads(stored)
     assert counts["identifiers"]["known"] == {"NAME": 1}
     assert counts["identifiers"]["indirect"]["INDIRECT"] >= 1
@@ -264,7 +264,7 @@ def test_tag_counts_and_shows_no_values(capsys: Captured, notes: str, tmp_path: 
     assert "known" in text and "NAME" in text
     assert not any(word in text + stored for word in ("Jane", "Doe", "anthrax", "p1"))
     assert "is not empty" in failure(capsys, "tag", notes, "--output_dir", str(out), "--data.unit=patient")
-    assert (out / "counts.json").read_text(encoding="utf-8") == stored
+    assert (out / "identifiers.json").read_text(encoding="utf-8") == stored
 
 
 def test_tag_says_when_no_patient_column_is_named(capsys: Captured, notes: str, tmp_path: Path) -> None:

@@ -48,9 +48,11 @@ _CLINICAL = """
     sepsis severe shortness skin soft stable status stroke surgery surgical symptoms syndrome temperature tenderness
     therapy times tissue tolerated treated treatment tumor ultrasound unit unremarkable upper urinary urine valve
     vital vitals vomiting ward week weeks weight woman wound year years
+    address birth born dob dr fax mr mrn mrs ms phone ssn
 """
 PROTECTED_WORDS = frozenset(_CLINICAL.split()) | FUNCTION_WORDS
-"""Common clinical words that never count as identifiers, so that a small data set does not make "fever" one."""
+"""Common clinical words, and words that stand before identifiers, which never count as one: in a small data set "fever"
+and "MRN" are rare too."""
 
 
 def tag_identifiers(
