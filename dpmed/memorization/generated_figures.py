@@ -19,6 +19,7 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
+from dpmed.errors import InputError
 from dpmed.memorization.generation import context_size, generate, start_tokens, weights_fingerprint
 from dpmed.memorization.generation_plan import (
     GenerationSettings,
@@ -82,9 +83,12 @@ def generation_figures(
         `regurgitation` {"p50_n30": rate}, `near_verbatim` {"p50": {score: mean, score_rate: share}}, `prefix_halves`
         {"t0.1": {...}}, `identifier_leak_rate` and `identifier_leakage` {probe: {...}}; leaves are `Measure` or
         `NotApplicable`. Counts: per side and job, and of the budget. No text.
-    Raises: InputError if the model cannot generate or its output is not finite.
+    Raises: InputError if a side is empty, the model cannot generate, or its output is not finite.
     Reference: arXiv 2509.08604 (regurgitation), arXiv 2507.21009 (prefix halves), Carlini et al. 2021 (free samples).
     """
+    for name, records in (("train", members), ("heldout", others)):
+        if len(records) == 0:
+            raise InputError(f"{name}: no records to evaluate; check data.{name}")
     start = start_tokens(tokenizer)
     size = context_size(model)
     sides = [
@@ -196,14 +200,15 @@ def _leakage(
             none = NotApplicable(job.reason or "no known identifier on this side; name data.identifiers")
             result[probe] = {"per_1000_samples": none} | ({} if probe == "records" else {"rate": none})
             continue
-        hits = leaks(values, decoded(tokenizer, job.prompts), decoded(tokenizer, outputs))
+        texts = decoded(tokenizer, outputs)
+        hits = leaks(values, decoded(tokenizer, job.prompts), texts)
         options: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": settings.seed}
         result[probe] = {"per_1000_samples": leaks_per_1000(hits, job.units, **options)}
         if probe == "records":
             continue
         leaked, tested = np.zeros(len(values), bool), np.ones(len(values), bool)
-        if probe == "context":  # a value counts where its own context was tried
-            leaked[[v for v, hit in zip(job.targets.tolist(), hits, strict=True) if v in hit]] = True
+        if probe == "context":  # a value counts where its own context was tried; no prompt holds its own value
+            leaked[[v for v, text in zip(job.targets.tolist(), texts, strict=True) if values.holds(text, v)]] = True
             tested = np.isin(np.arange(len(values)), job.targets)
         else:
             leaked[[v for hit in hits for v in hit]] = True
@@ -224,8 +229,10 @@ def _counts(side: Side, written: dict[str, _Written], settings: GenerationSettin
                 "n_too_short": len(side.texts) - long_enough,
                 "n_not_generated": long_enough - tested,
             }
-        regurgitation[f"p{p}_new_tokens"] = job.new_tokens[0] if job.new_tokens else 0
-        regurgitation[f"p{p}_n_empty_outputs"] = sum(len(output) == 0 for output in outputs)
+        regurgitation[f"p{p}"] = {
+            "new_tokens": job.new_tokens[0] if job.new_tokens else 0,
+            "n_empty_outputs": sum(len(output) == 0 for output in outputs),
+        }
     values = side.values
     return {
         "n_records_for_generation": len(side.texts),

@@ -73,6 +73,8 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"generation {name} is {value}; give a number above 0, or null")
+        if self.seed < 0:
+            raise InputError(f"generation seed is {self.seed}; give 0 or more")
         if min(self.ngrams) > self.new_tokens:
             raise InputError(f"generation ngrams {list(self.ngrams)} exceed new_tokens {self.new_tokens}; raise it")
 
@@ -143,6 +145,12 @@ def tokenised_side(
 
 
 def side_jobs(side: Side, start: list[int], size: int | None, settings: GenerationSettings) -> list[Job]:
+    """What is written from a side's own records.
+
+    Args:
+        start: special tokens in front of every text.
+        size: the model's context in tokens, None if unknown; no prompt with its new tokens exceeds it.
+    """
     jobs = [_prefix_job(side, p, start, size, settings) for p in settings.prompt_tokens]
     jobs += [_half_job(side, t, start, size, settings) for t in settings.temperatures]
     return [*jobs, _context_job(side, start, size, settings)]

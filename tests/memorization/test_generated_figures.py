@@ -115,6 +115,7 @@ def test_what_was_not_tested_is_counted_or_has_a_reason():
     assert "context of 128" in reasons["memorization.regurgitation.p300_n6"]
     n = counts["train"]["regurgitation"]["p24_n12"]
     assert n == {"n_tested": 6, "n_too_short": 0, "n_not_generated": 0}
+    assert counts["train"]["regurgitation"]["p24"] == {"new_tokens": 40, "n_empty_outputs": 0}
     assert counts["train"]["identifier_values"] == {
         "n_values": 12,
         "n_too_short": 0,
@@ -195,12 +196,20 @@ def test_records_without_identifiers_still_have_the_other_figures(tiny_tokenizer
         ({"budget_tokens": 0}, "budget_tokens"),
         ({"free_samples": 0}, "free_samples"),
         ({"top_k": 0}, "top_k"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(wrong: dict[str, Any], message: str):
     with pytest.raises(InputError, match=message) as caught:
         GenerationSettings(**wrong)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train", "heldout"])
+def test_a_side_without_records_is_refused(tiny_tokenizer, name: str):
+    sides = {"train": MEMBERS, "heldout": OTHERS, name: MEMBERS.select([])}
+    with pytest.raises(InputError, match=f"{name}: no records"):
+        generation_figures(tiny_models.make_model("gpt2"), tiny_tokenizer, sides["train"], sides["heldout"], SMALL)
 
 
 def test_every_figure_is_finite():
