@@ -419,7 +419,7 @@ def _figure(name: str, values: np.ndarray, units: np.ndarray, bootstrap: int, se
     if not low < high and 0 <= value <= 1:  # all items alike: as a rate over as many cases as there are units
         n_units = len(np.unique(units))
         low, high = wilson(value * n_units, n_units)
-    return Measure(value, low, high, len(values), higher_is)
+    return Measure(value, min(low, value), max(high, value), len(values), higher_is)
 
 
 def _difference(name: str, own: np.ndarray, base: np.ndarray, units: np.ndarray, bootstrap: int, seed: int) -> Any:

@@ -71,7 +71,8 @@ def paired_rate_difference(
         "n_only_first": int(only_first.sum()),
         "n_only_second": int(only_second.sum()),
     }
-    return Measure(up - down, max(-1.0, low), min(1.0, high), len(first), higher_is, extra)
+    value = up - down
+    return Measure(value, max(-1.0, min(low, value)), min(1.0, max(high, value)), len(first), higher_is, extra)
 
 
 def paired_mean_difference(
@@ -112,6 +113,7 @@ def paired_mean_difference(
     if not low < high:
         low, high = math.nan, math.nan
     value = float((weight * difference).sum() / weight.sum())
+    low, high = min(low, value), max(high, value)  # a bound that is not a number stays so: it stands first
     return Measure(value, low, high, int(both.sum()), higher_is, {"n_left_out": int((~both).sum())})
 
 
@@ -140,7 +142,8 @@ def paired_statistic_difference(
     low, high = bootstrap_by_unit(lambda index: first(index) - second(index), units, bootstrap, seed)
     if not low < high:
         low, high = math.nan, math.nan
-    return Measure(float(first(every) - second(every)), low, high, len(units), higher_is)
+    value = float(first(every) - second(every))
+    return Measure(value, min(low, value), max(high, value), len(units), higher_is)
 
 
 def over_seeds(
