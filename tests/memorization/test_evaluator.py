@@ -81,6 +81,17 @@ def test_a_model_that_learnt_its_records_by_heart_shows_it(memorised, tiny_model
     assert memorization["membership_attack"] == "reference"
     assert memorization["membership_auc"] == memorization["membership"]["reference"]["auc"]
     assert memorization["extraction_rate"] == memorization["extraction"]["p4_n4"]
+    assert set(memorization["membership"]) == {"loss", "reference", "min_k", "min_k_plus_plus", "zlib", "ez"}
+    for attack in memorization["membership"].values():
+        assert value(attack, "auc") > 0.7
+    drawn = memorization["probabilistic_extraction"]
+    assert set(drawn) == {f"n{n}_p{p}" for n in (1, 10, 100, 1000) for p in ("0.1", "0.5", "0.9")}
+    assert value(drawn, "n1000_p0.1") >= value(drawn, "n10_p0.5") >= value(drawn, "n1_p0.9")
+    for key in ("extraction_strength", "exact_memorization"):
+        assert value(memorization, key) > value(reference, "heldout", key) + 0.03
+        assert value(memorization, key) > value(reference, "base_model", "memorization", key) + 0.1
+    assert value(drawn, "n100_p0.5") > value(reference, "heldout", "probabilistic_extraction", "n100_p0.5") + 0.2
+    assert "fills no masks" in result["not_applicable"]["memorization.fill_mask"]
     own, heldout = value(memorization, "extraction_rate"), value(reference, "heldout", "extraction_rate")
     base = value(reference, "base_model", "memorization", "extraction_rate")
     assert own > heldout + 0.2
@@ -144,6 +155,74 @@ def test_the_base_model_is_run_once_for_all_runs_of_a_grid(
     assert "base train" in stages and "base heldout" not in stages
 
 
+def test_a_model_that_saw_its_records_often_gives_them_all_away(tiny_model, tiny_tokenizer, sides):
+    model = trained(tiny_model("llama"), sides[0], tiny_tokenizer, steps=120)
+    evaluator = MemorizationEvaluator(
+        model, tiny_tokenizer, base_model=tiny_model("llama"), spec=SPEC, settings=SETTINGS
+    )
+    memorization = evaluator.evaluate(*sides)["memorization"]
+    for name in ("loss", "reference", "min_k", "min_k_plus_plus", "ez"):
+        assert value(memorization, "membership", name, "auc") >= 0.99, name
+    assert value(memorization, "extraction_rate") > 0.7
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_of_an_untouched_model_every_interval_covers_chance(tiny_model, tiny_tokenizer, sides, kind: str):
+    evaluator = MemorizationEvaluator(
+        tiny_model(kind), tiny_tokenizer, base_model=tiny_model(kind), spec=SPEC, settings=SETTINGS
+    )
+    result = evaluator.evaluate(*sides)
+    for name, attack in result["memorization"]["membership"].items():
+        assert attack["auc"]["low"] <= 0.5 <= attack["auc"]["high"], name
+        assert attack["tpr_at_fpr_0.1"]["low"] <= 0.1, name
+    heldout = result["reference"]["heldout"]
+    for key in ("extraction_rate", "identifier_extraction_rate", "extraction_strength", "exact_memorization"):
+        own, floor = result["memorization"][key], heldout[key]
+        assert own["low"] <= floor["high"] and floor["low"] <= own["high"], key
+    same = result["reference"]["base_model"]["memorization"]
+    assert same["extraction_strength"] == result["memorization"]["extraction_strength"]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(
+    memorised, tiny_tokenizer, sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("dpmed.memorization.scoring.PART_SECONDS", 0.0)
+    settings = EvaluationSettings(prefix_tokens=[4], suffix_tokens=[4], bootstrap=50, batch_tokens=200)
+    whole = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=settings).evaluate(*sides)
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage == "heldout" and done * 2 > total:
+            raise Killed
+
+    def evaluate(progress: Any) -> dict[str, Any]:
+        return MemorizationEvaluator(
+            memorised,
+            tiny_tokenizer,
+            spec=SPEC,
+            settings=settings,
+            scores_dir=tmp_path / "scores",
+            progress=progress,
+        ).evaluate(*sides)
+
+    with pytest.raises(Killed):
+        evaluate(kill)
+    names = sorted(path.name for path in (tmp_path / "scores").iterdir())
+    assert [name for name in names if ".part-" in name and name.startswith("heldout-")]
+    assert [".part-" in name for name in names if name.startswith("train-")] == [False]
+    windows: list[int] = []
+    hook = memorised.register_forward_pre_hook(
+        lambda _m, _a, kwargs: windows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert evaluate(None) == whole
+    hook.remove()
+    assert 1 < sum(windows) < len(sides[1]) / 2 + 1  # what was left of the second side
+    assert len(list((tmp_path / "scores").iterdir())) == 2
+
+
 def test_without_canaries_measured_the_result_says_so(memorised, tiny_tokenizer, sides):
     evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
     result = evaluator.evaluate(*sides, canaries={"planted": []})
@@ -160,7 +239,16 @@ def test_a_masked_model_has_identifiers_and_membership_but_no_continuation(tiny_
     for key in ("memorization.extraction_rate", "memorization.extraction", "reference.heldout.extraction"):
         assert "does not continue" in result["not_applicable"][key]
     assert value(result["memorization"], "identifier_extraction_rate") < 0.2
-    assert value(result["memorization"], "membership", "min_k", "auc") > 0
+    for name in ("min_k", "min_k_plus_plus", "zlib", "ez"):
+        assert value(result["memorization"], "membership", name, "auc") > 0
+    for key in ("probabilistic_extraction", "extraction_strength"):
+        assert "does not continue" in result["not_applicable"][f"memorization.{key}"]
+    filled = result["memorization"]["fill_mask"]
+    assert value(filled, "privacy") == 1 - value(filled, "identifiers", "top_1") > 0.8
+    assert value(filled, "utility") == value(filled, "other_words", "top_1")
+    assert value(filled, "other_words", "top_5") >= value(filled, "other_words", "top_1")
+    assert value(result["reference"], "base_model", "memorization", "fill_mask", "privacy") > 0.8
+    assert value(result["reference"], "heldout", "fill_mask", "utility") < 0.5
     assert result["memorization"]["membership_attack"] == "reference"
 
 
@@ -176,8 +264,17 @@ def test_a_classifier_has_membership_from_its_losses_alone(tiny_model, tiny_toke
     result = evaluator.evaluate(*labelled)
     assert 0 < value(result["memorization"], "membership", "loss", "auc") < 1
     assert result["memorization"]["membership_auc"] == result["memorization"]["membership"]["loss"]["auc"]
+    for name in ("margin", "modified_entropy"):
+        assert 0 < value(result["memorization"], "membership", name, "auc") < 1
     assert set(result["not_applicable"]) >= {
         "utility.perplexity",
+        "memorization.probabilistic_extraction",
+        "memorization.extraction_strength",
+        "memorization.exact_memorization",
+        "memorization.fill_mask",
+        "memorization.membership.ez",
+        "memorization.membership.min_k_plus_plus",
+        "reference.heldout.exact_memorization",
         "memorization.extraction_rate",
         "memorization.identifier_extraction_rate",
         "memorization.membership.min_k",
@@ -187,7 +284,8 @@ def test_a_classifier_has_membership_from_its_losses_alone(tiny_model, tiny_toke
     }
     unlabelled = evaluator.evaluate(*sides)
     assert unlabelled["memorization"]["membership_auc"] is None
-    assert "label" in unlabelled["not_applicable"]["memorization.membership.loss"]
+    for name in ("loss", "margin", "modified_entropy"):
+        assert "label" in unlabelled["not_applicable"][f"memorization.membership.{name}"]
     json.dumps([result, unlabelled], allow_nan=False)
 
 
@@ -240,6 +338,12 @@ def test_rare_words_are_scored_as_indirect_identifiers_when_asked(memorised, tin
         {"batch_tokens": 0},
         {"bootstrap": 0},
         {"max_records": 0},
+        {"temperature": 0.0},
+        {"top_k": 0},
+        {"tries": [0]},
+        {"tries": []},
+        {"probability": [1.0]},
+        {"probability": []},
     ],
 )
 def test_settings_that_measure_nothing_are_refused(tiny_model, tiny_tokenizer, wrong: dict[str, Any]):
@@ -251,3 +355,38 @@ def test_an_empty_side_is_refused(memorised, tiny_tokenizer, sides):
     evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
     with pytest.raises(InputError, match="heldout: no records"):
         evaluator.evaluate(sides[0], sides[1].select([]))
+
+
+def test_a_text_on_both_sides_is_refused_with_its_count(memorised, tiny_tokenizer, sides):
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
+    copies = [{**row, "text": f"  {row['text'].upper()}"} for row in sides[0].select(range(3))]
+    with pytest.raises(InputError, match="heldout: 3 of 35 records have a text that is also in train") as caught:
+        evaluator.evaluate(sides[0], Dataset.from_list([*sides[1], *copies]))
+    assert not any(word in str(caught.value).casefold() for word in ("heart", "lungs", "fever", SECRET.casefold()))
+
+
+def test_a_context_without_room_for_prefix_and_suffix_is_refused(tiny_model, tiny_tokenizer):
+    settings = EvaluationSettings(prefix_tokens=[10, 60], suffix_tokens=[69])
+    with pytest.raises(InputError, match=r"prefix_tokens 60 .*suffix_tokens 69 .* context of 128 tokens"):
+        MemorizationEvaluator(tiny_model("gpt2"), tiny_tokenizer, settings=settings)
+    masked = TaskSpec("masked_lm", max_length=48)
+    MemorizationEvaluator(tiny_model("bert"), tiny_tokenizer, spec=masked, settings=settings)  # nothing is continued
+
+
+def test_windows_longer_than_the_context_are_refused(tiny_model, tiny_tokenizer, sides):
+    model = tiny_model("gpt2", n_positions=20)
+    settings = EvaluationSettings(prefix_tokens=[4], suffix_tokens=[4], bootstrap=50)
+    with pytest.raises(InputError, match=r"data.max_length: a window has \d+ tokens, the model can see 20"):
+        MemorizationEvaluator(model, tiny_tokenizer, spec=SPEC, settings=settings).evaluate(*sides)
+
+
+def test_the_tokenizer_of_another_model_is_refused(memorised, tiny_model, tiny_tokenizer, sides):
+    small = tiny_model("llama", vocab_size=290)
+    with pytest.raises(InputError, match=r"token id \d+ where the model knows 290 tokens.*another model"):
+        MemorizationEvaluator(small, tiny_tokenizer, spec=SPEC, settings=SETTINGS).evaluate(*sides)
+    with pytest.raises(InputError, match="where the base model knows 290 tokens"):
+        MemorizationEvaluator(memorised, tiny_tokenizer, base_model=small, spec=SPEC, settings=SETTINGS).evaluate(
+            *sides
+        )
+    with pytest.raises(InputError, match="no tokenizer"):
+        MemorizationEvaluator(memorised, None, spec=SPEC, settings=SETTINGS)  # pyright: ignore[reportArgumentType]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from dpmed.memorization import membership
@@ -14,8 +16,12 @@ from dpmed.memorization.membership import (
     attack_figures,
     auc,
     bootstrap_attack,
+    ez_score,
     loss_score,
+    margin_score,
+    min_k_plus_plus_score,
     min_k_score,
+    modified_entropy_score,
     reference_score,
     roc,
     tpr_at_fpr,
@@ -23,6 +29,7 @@ from dpmed.memorization.membership import (
     zlib_score,
 )
 from dpmed.memorization.statistics import TokenScores
+from dpmed.memorization.vocabulary import Sampling, token_statistics
 
 
 def scores_of(log_probs: list[list[float]]) -> TokenScores:
@@ -64,6 +71,124 @@ def test_a_text_that_repeats_itself_compresses():
 def test_scores_of_different_records_are_not_compared():
     with pytest.raises(ValueError, match="different records"):
         reference_score(scores_of([[-1.0, -2.0]]), scores_of([[-1.0]]))
+
+
+def test_a_vocabulary_of_three_tokens_by_hand():
+    """All attacks on two records, worked out with pencil and paper; natural logarithms, L = log 2 = 0.693147.
+
+    The model has three tokens with p = (1/2, 1/4, 1/4) at every position:
+        log p = (-L, -2L, -2L)
+        mu    = 1/2 (-L) + 1/4 (-2L) + 1/4 (-2L) = -1.5 L
+        var   = 1/2 (0.5 L)^2 + 1/4 (0.5 L)^2 + 1/4 (0.5 L)^2 = 0.25 L^2, sigma = 0.5 L
+        z     = (log p - mu) / sigma = (+1, -1, -1)
+
+    Member:     tokens 0 0 0 0 1   log p = -L -L -L -L -2L   z = 1 1 1 1 -1
+    Non-member: tokens 1 2 1 0 2   log p = -2L -2L -2L -L -2L   z = -1 -1 -1 1 -1
+
+    LOSS       member -(4 L + 2 L) / 5 = -1.2 L         non-member -(4 * 2 L + L) / 5 = -1.8 L
+    Min-40 %   2 of 5: member -(2 L + L) / 2 = -1.5 L   non-member -(2 L + 2 L) / 2 = -2 L
+    Min-40 %++ member (-1 + 1) / 2 = 0                  non-member (-1 - 1) / 2 = -1
+    zlib       6 bytes each: member -6 L / 6 = -L       non-member -9 L / 6 = -1.5 L
+    AUC        the one member is above the one non-member: 1 in each; with both sides swapped, 0
+    """
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]])).expand(10, 3)
+    found = token_statistics(logits, torch.tensor([0, 0, 0, 0, 1, 1, 2, 1, 0, 2]), Sampling())
+    offsets = np.array([0, 5, 10])
+    scores = TokenScores(
+        np.repeat([0, 1], 5).astype(np.int32),
+        found.log_prob,
+        found.is_argmax,
+        offsets,
+        np.array([5, 5], np.int32),
+        found.rank,
+        found.mean,
+        found.deviation,
+        found.sampled,
+    )
+    log_2 = 0.6931471805599453
+    expected = {
+        "loss": (loss_score(scores), [-1.2 * log_2, -1.8 * log_2]),
+        "min_k": (min_k_score(scores, 0.4), [-1.5 * log_2, -2 * log_2]),
+        "min_k_plus_plus": (min_k_plus_plus_score(scores, 0.4), [0.0, -1.0]),
+        "zlib": (zlib_score(scores, np.array([6, 6])), [-log_2, -1.5 * log_2]),
+    }
+    for name, (score, by_hand) in expected.items():
+        np.testing.assert_allclose(score, by_hand, atol=2e-5, err_msg=name)
+        assert auc(score[:1], score[1:]) == 1.0
+        assert auc(score[1:], score[:1]) == 0.0
+
+
+def test_a_certain_model_gives_min_k_plus_plus_no_infinity():
+    scores = scores_of([[-1e-6, -20.0]])
+    certain = replace(scores, mean=np.zeros(2, np.float32), deviation=np.zeros(2, np.float32))
+    assert min_k_plus_plus_score(certain, 1.0)[0] == pytest.approx(-10.0 / membership.SMALLEST_DEVIATION, rel=1e-3)
+    with pytest.raises(ValueError, match="no deviation"):
+        min_k_plus_plus_score(scores, 1.0)
+
+
+def test_ez_by_hand():
+    """log p_M - log p_R where M is wrong (w): +2 and -1 give 2 / 3; what M has right does not count."""
+    own = scores_of([[NAN, -1, -4, -5], [NAN, -1, -2, -2], [NAN, -9, -1, -1], [NAN], [NAN, -3], [NAN, -1, -1, -1]])
+    base = scores_of([[NAN, -9, -6, -4], [NAN, -1, -1, -1], [NAN, -8, -9, -9], [NAN], [NAN, -1], [NAN, -1, -1, -1]])
+    right = [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0], [0, 0], [0, 0, 0, 0]]
+    own = replace(own, is_argmax=np.concatenate(right).astype(bool))
+    score = ez_score(own, base)
+    assert score[0] == pytest.approx(2 / 3)
+    assert score[1] == 0.0  # all went down
+    assert score[2] == 2.0 == np.nanmax(score)  # one wrong token: known by heart, so the highest, not 0
+    assert np.isnan(score[3]) and np.isnan(score[4])  # no token, or one: nothing can be said
+    assert score[5] == 0.5  # nothing moved
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ez_orders_records_as_the_ratio_does(seed: int):
+    rng = np.random.default_rng(seed)
+    own, base = (scores_of((-rng.exponential(size=(20, 12))).tolist()) for _ in range(2))
+    own = replace(own, is_argmax=rng.random(240) < 0.3)
+    score = ez_score(own, base)
+    ratio = []
+    for i in range(20):
+        at = [t for t in range(12 * i, 12 * i + 12) if not own.is_argmax[t]]
+        moved = [float(own.log_prob[t]) - float(base.log_prob[t]) for t in at]
+        ratio.append(sum(m for m in moved if m > 0) / -sum(m for m in moved if m < 0))
+    assert np.argsort(score).tolist() == np.argsort(ratio).tolist()
+    np.testing.assert_allclose(score / (1 - score), ratio, rtol=1e-9)
+
+
+def test_scores_of_other_records_are_not_compared_by_ez():
+    with pytest.raises(ValueError, match="different records"):
+        ez_score(scores_of([[-1.0, -2.0]]), scores_of([[-1.0]]))
+
+
+def test_a_classifiers_attacks_by_hand():
+    """Probabilities (1/2, 1/4, 1/4), label 0: Mentr = -(1/2) log(1/2) - 2 * 1/4 log(3/4) = 0.490415.
+
+    Label 1: Mentr = -(3/4) log(1/4) - 1/2 log(1/2) - 1/4 log(3/4) = 1.458215. Margins: log 2, and -log 2.
+    """
+    logits = np.log([[0.5, 0.25, 0.25]] * 3).astype(np.float32) + 7
+    labels = np.array([0, 1, -1])
+    np.testing.assert_allclose(margin_score(logits, labels)[:2], [np.log(2), -np.log(2)], rtol=1e-5)
+    np.testing.assert_allclose(modified_entropy_score(logits, labels)[:2], [-0.490415, -1.458215], atol=2e-5)
+    assert np.isnan(margin_score(logits, labels)[2]) and np.isnan(modified_entropy_score(logits, labels)[2])
+
+
+def test_several_labels_are_questions_of_two_classes():
+    logits, labels = np.array([[2.0, -1.0], [0.5, 3.0], [1.0, 1.0]]), np.array([[1.0, 0], [0, 1], [NAN, NAN]])
+    assert margin_score(logits, labels)[:2].tolist() == [1.5, 1.25]
+    for i in range(2):
+        each = []
+        for logit, label in zip(logits[i], labels[i], strict=True):
+            two = np.array([[0.0, logit]])
+            each.append(modified_entropy_score(two, np.array([int(label)]))[0])
+        assert modified_entropy_score(logits, labels)[i] == pytest.approx(np.mean(each))
+    assert np.isnan(margin_score(logits, labels)[2]) and np.isnan(modified_entropy_score(logits, labels)[2])
+
+
+def test_a_certain_classifier_stays_finite():
+    logits = np.array([[500.0, -500.0, 0.0], [500.0, -500.0, 0.0]], dtype=np.float32)
+    right, wrong = modified_entropy_score(logits, np.array([0, 1]))
+    assert right == pytest.approx(0.0, abs=1e-12)
+    assert np.isfinite(wrong) and wrong < -900
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from dpmed.data.tasks import EncodedRecords, TaskSpec, encode
 from dpmed.errors import InputError
 from dpmed.memorization import scoring
 from dpmed.memorization.membership import loss_score
-from dpmed.memorization.scoring import mask_groups, score_classification, score_records
+from dpmed.memorization.scoring import kept_scores, mask_groups, score_classification, score_records
+from dpmed.memorization.statistics import ScoreParts, TokenScores
+from dpmed.memorization.vocabulary import RANK_LIMIT, Sampling
 
 TEXTS = [
     "Mrs Example, 64 years old, takes metformin 500 mg twice a day.",
@@ -75,6 +79,128 @@ def test_scores_equal_the_definition_however_the_batches_are_cut(tiny_model, tin
     np.testing.assert_allclose(scores.log_prob, log_prob, atol=2e-5)
     np.testing.assert_array_equal(scores.is_argmax, first)
     assert scores.scored.all() == masked
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_rank_spread_and_sampling_are_of_the_models_own_logits(tiny_model, tiny_tokenizer, kind: str):
+    spec, model, sampling = TaskSpec(max_length=48), tiny_model(kind), Sampling(0.5, 7)
+    encoded = encode(records(), tiny_tokenizer, spec)
+    scores = score_records(model, encoded, spec, tiny_tokenizer, sampling=sampling, batch_tokens=100)
+    at = 0
+    for example in encoded:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
+        for t in range(example.text_start, example.text_end):
+            if t > 0:
+                row, token = logits[t - 1], example.input_ids[t]
+                p = row.softmax(0)
+                mean = (p * row.log_softmax(0)).sum()
+                assert scores.detail("rank")[at] == (row > row[token]).sum()
+                assert scores.detail("mean")[at] == pytest.approx(float(mean), abs=1e-4)
+                variance = (p * (row.log_softmax(0) - mean) ** 2).sum()
+                assert scores.detail("deviation")[at] == pytest.approx(float(variance.sqrt()), abs=1e-3)
+                kept = (row / 0.5).masked_fill(row < row.topk(7).values[-1], -torch.inf).log_softmax(0)
+                assert scores.detail("sampled")[at] == pytest.approx(float(kept[token]), abs=1e-4)
+            at += 1
+    unseen = ~scores.scored
+    assert unseen.any()
+    assert np.isnan(scores.detail("sampled")[unseen]).all()
+    assert (scores.detail("rank")[unseen] == RANK_LIMIT).all()
+
+
+def test_a_bfloat16_model_is_scored_from_its_own_logits_in_float32(tiny_model, tiny_tokenizer):
+    spec, model = TaskSpec(max_length=48), tiny_model("llama").to(torch.bfloat16)
+    encoded = encode(records(), tiny_tokenizer, spec)
+    scores = score_records(model, encoded, spec, tiny_tokenizer, batch_tokens=1)  # a window at a time, as below
+    at = 0
+    for example in encoded:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
+        assert logits.dtype == torch.bfloat16
+        log_p = logits.float().log_softmax(-1)
+        for t in range(example.text_start, example.text_end):
+            if t > 0:
+                # Blocks of another size may round a bfloat16 logit to its neighbour.
+                assert scores.log_prob[at] == pytest.approx(float(log_p[t - 1, example.input_ids[t]]), abs=0.02)
+            at += 1
+    assert scores.log_prob.dtype == np.float32
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(n_batches: int, seen: list[int]) -> Any:
+    def progress(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == n_batches:
+            raise Killed
+
+    return progress
+
+
+def forward_passes(model: Any) -> tuple[list[int], Any]:
+    """Windows of every pass of the model from now on, and how to stop counting."""
+    sizes: list[int] = []
+
+    def count(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+
+    return sizes, model.register_forward_pre_hook(count, with_kwargs=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_killed_pass_goes_on_where_it_stopped(tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch, kind: str):
+    spec = TaskSpec("causal_lm" if kind == "gpt2" else "masked_lm", max_length=48)
+    model, encoded = tiny_model(kind), encode(records(), tiny_tokenizer, spec)
+    whole = score_records(model, encoded, spec, tiny_tokenizer, batch_tokens=64)
+    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    inputs = (model, encoded, spec, tiny_tokenizer, tmp_path, "train")
+    with pytest.raises(Killed):
+        kept_scores(*inputs, batch_tokens=64, progress=killed_after(3, []))
+    assert len(list(tmp_path.glob("*.part-*"))) == 3
+    assert not any(word.encode() in path.read_bytes() for path in tmp_path.iterdir() for word in ("metformin", "lungs"))
+    seen: list[int] = []
+    sizes, hook = forward_passes(model)
+    scores = kept_scores(*inputs, batch_tokens=64, progress=lambda done, total: seen.append(done))
+    hook.remove()
+    assert len(sizes) == 1 + len(seen) - 3  # the trial of the output layer, and what was left
+    for field in fields(TokenScores):
+        np.testing.assert_array_equal(getattr(scores, field.name), getattr(whole, field.name))
+    assert [path.name.count(".part-") for path in tmp_path.iterdir()] == [0]
+    sizes, hook = forward_passes(model)
+    again = kept_scores(*inputs, batch_tokens=64)
+    hook.remove()
+    assert sizes == []
+    np.testing.assert_array_equal(again.log_prob, whole.log_prob)
+
+
+def test_batches_of_another_size_start_anew(tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch):
+    spec, model = TaskSpec(max_length=48), tiny_model("gpt2")
+    encoded = encode(records(), tiny_tokenizer, spec)
+    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        kept_scores(model, encoded, spec, tiny_tokenizer, tmp_path, "x", batch_tokens=64, progress=killed_after(2, []))
+    scores = kept_scores(model, encoded, spec, tiny_tokenizer, tmp_path, "x", batch_tokens=100)
+    np.testing.assert_allclose(scores.log_prob, one_by_one(model, encoded, None)[0], atol=2e-5)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_part_waits_for_its_time(tiny_model, tiny_tokenizer, tmp_path: Path):
+    spec, model = TaskSpec(max_length=48), tiny_model("gpt2")
+    encoded = encode(records(), tiny_tokenizer, spec)
+    parts = ScoreParts(tmp_path, "x", "f" * 64)
+    score_records(model, encoded, spec, tiny_tokenizer, batch_tokens=64, parts=parts)
+    assert len(list(tmp_path.iterdir())) == 1  # well under a minute: one part, at the end
+
+
+def test_nothing_of_a_diverged_model_is_kept(tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    model, spec = tiny_model("gpt2"), TaskSpec(max_length=48)
+    model.transformer.wte.weight.data[5:] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        kept_scores(model, encode(records(), tiny_tokenizer, spec), spec, tiny_tokenizer, tmp_path, "x", batch_tokens=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_mean_over_tokens_is_the_training_loss(tiny_model, tiny_tokenizer):
