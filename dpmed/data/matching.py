@@ -18,6 +18,8 @@ import ahocorasick
 # character before it, which a first combining accent may belong to.
 _IRREGULAR = re.compile(r"\s\s+|[\x00-\x7f]?[^\x00-\x7f\s]+")
 
+_BLANKS = re.compile("  +")
+
 # Signs that differ in print and not in meaning, one character each: offsets do not move.
 _ALIKE = (
     {ord(space): " " for space in "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"}
@@ -92,25 +94,24 @@ class KnownValues:
         for start, minus_end, index in found:
             if start >= free_from:
                 free_from = -minus_end
-                result.append(Match(_original(start, breaks, shifts), _original(free_from, breaks, shifts), index))
-        return result
+                result.append(Match(start, free_from, index))
+        if len(breaks) == 1:
+            return result
+        return [Match(_original(m.start, breaks, shifts), _original(m.end, breaks, shifts), m.index) for m in result]
 
 
 def _folded(text: str) -> tuple[str, list[int], list[int]]:
     """The text in the form in which values are compared, and how to go back.
 
-    Returns: the folded text; the folded offsets, increasing, from which on a shift holds; and those shifts, which added
-    to a folded offset give the text's.
+    Returns: the folded text; the folded offsets, increasing from 0, from which on a shift holds; and those shifts,
+    which added to a folded offset give the text's.
     """
-    breaks, shifts = [0], [0]
     if text.isascii():
-        plain = text.encode("ascii").translate(_ASCII).decode("ascii")
-    else:
-        plain = text.casefold().translate(_ALIKE)
-        if len(plain) != len(text) or not _composed(text) or not _composed(plain):
-            plain = None
-    if plain is not None and "  " not in plain:
-        return plain, breaks, shifts
+        return _with_single_blanks(text.encode("ascii").translate(_ASCII).decode("ascii"))
+    plain = text.casefold().translate(_ALIKE)
+    if len(plain) == len(text) and _composed(text) and _composed(plain):
+        return _with_single_blanks(plain)
+    breaks, shifts = [0], [0]
     parts: list[str] = []
     done = n_folded = 0
 
@@ -133,6 +134,24 @@ def _folded(text: str) -> tuple[str, list[int], list[int]]:
             composed = unicodedata.normalize("NFC", cluster).casefold()
             add(_simple(unicodedata.normalize("NFC", composed)), len(cluster))
     add(_simple(text[done:]), len(text) - done)
+    return "".join(parts), breaks, shifts
+
+
+def _with_single_blanks(plain: str) -> tuple[str, list[int], list[int]]:
+    """As `_folded`, where nothing but runs of blanks changes a length."""
+    breaks, shifts = [0], [0]
+    if "  " not in plain:
+        return plain, breaks, shifts
+    parts: list[str] = []
+    done = shift = 0
+    for run in _BLANKS.finditer(plain):
+        start, end = run.span()
+        parts.append(plain[done : start + 1])
+        breaks.append(start + 1 - shift)
+        shift += end - start - 1
+        shifts.append(shift)
+        done = end
+    parts.append(plain[done:])
     return "".join(parts), breaks, shifts
 
 

@@ -1,0 +1,47 @@
+"""Recall and precision of dpmed's patterns on ASQ-PHI: 1,051 made-up clinical queries with labelled identifiers.
+
+    python benchmarks/identifiers/asq_phi.py FOLDER        # results/asq_phi.json; FOLDER holds synthetic_dataset.txt
+
+The data set: github.com/JamesWeatherhead/synthetic-clinical-queries (MIT). `odd` is every second query, beginning with
+the second: the patterns were mended only on what they did on the others (`even`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from dpmed.environment import versions
+from dpmed.runs import write_json
+from dpmed.tag_check import ASQ_PHI_FILE, labelled_records, pattern_figures
+
+HERE = Path(__file__).resolve().parent
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Figures over all queries and over the two halves; no text and no value of the data set."""
+    records = labelled_records(str(folder), text="text", unit=None, identifiers=None)
+    halves = {"all": range(len(records)), "even": range(0, len(records), 2), "odd": range(1, len(records), 2)}
+    figures = {name: pattern_figures(records.select(rows)) for name, rows in halves.items()}
+    digest = hashlib.sha256((folder / ASQ_PHI_FILE).read_bytes()).hexdigest()
+    return {"data": {"name": "ASQ-PHI", "file": ASQ_PHI_FILE, "sha256": digest}, "versions": versions(), **figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help=f"the folder with {ASQ_PHI_FILE}")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "asq_phi.json")
+    args = parser.parse_args()
+    result = measure(args.folder)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, result)
+    for name in ("recall", "precision"):
+        for kind, figure in result["odd"][name].items():
+            interval = f"{figure['low']:.3f} to {figure['high']:.3f}"
+            print(f"{name:9} {kind:12} {figure['value']:.3f} ({interval}), n {figure['n']}")
+
+
+if __name__ == "__main__":
+    main()
