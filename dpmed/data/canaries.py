@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
-from dpmed.data.records import data_fingerprint, normalised_text
+from dpmed.data.records import data_fingerprint, normalised_text, record_features
 from dpmed.errors import InputError
 from dpmed.runs import write_text
 
@@ -76,6 +76,8 @@ class Canary:
     included: bool
     """The coin: whether the notes are in the training data."""
     unit: str
+    label: str | tuple[str, ...] | None
+    """Of all its notes; several for multi-label records, None for records without."""
     carrier: str
     secret: Mapping[str, str]
     """Field of the carrier -> value."""
@@ -111,6 +113,17 @@ class Manifest:
     def texts(self) -> list[str]:
         """The texts of all canaries, in and out, [c]."""
         return [c.text for c in self.canaries]
+
+    @property
+    def records(self) -> Dataset:
+        """One note of every canary, in or out, in the columns of `load_records`, in order: what an attack scores."""
+        from datasets import Dataset
+
+        rows = [_note(canary, 0) for canary in self.canaries]
+        kinds = {type(canary.label) for canary in self.canaries}
+        kind = "multi" if tuple in kinds else "single" if str in kinds else "none"
+        features = record_features(label=kind)
+        return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
     def space_bits(self, canary: Canary) -> float:
         """log2 of the number of secrets that this canary could have had."""
@@ -172,7 +185,7 @@ class Manifest:
             raise InputError(f"{path} is of another version of the manifest: read it with the dpmed that planted it")
         if values.pop("checksum", None) != _checksum(values):
             raise InputError(f"{path} was changed after it was saved, so its coins cannot be trusted: restore it")
-        canaries = tuple(Canary(**{k: v for k, v in c.items() if k != "text"}) for c in values["canaries"])
+        canaries = tuple(_canary_of(entry) for entry in values["canaries"])
         pools = {name: tuple(pool) for name, pool in values["pools"].items()}
         lists = {name: tuple(values[name]) for name in ("designs", "repeats")}
         return cls(**{**values, **lists, "canaries": canaries, "pools": pools})
@@ -216,7 +229,8 @@ def plant_canaries(
     corpus = _Corpus(records)
     pools = {d: tuple(p) for d in designs if (p := corpus.pool(d, texts)) is not None}
     coins = _generator(seed, "coins")
-    canaries = tuple(_canaries(n, designs, repeats, pools, corpus, texts, coins))
+    labels = list(records["label"]) if "label" in records.column_names else [None]
+    canaries = tuple(_canaries(n, designs, repeats, pools, labels, corpus, texts, coins))
     planted = _with_notes(records, [c for c in canaries if c.included], texts)
     manifest = Manifest(
         canaries=canaries,
@@ -304,6 +318,7 @@ def _canaries(
     designs: Sequence[Design],
     repeats: Sequence[int],
     pools: Mapping[str, tuple[str, ...]],
+    labels: Sequence[str | list[str] | None],
     corpus: _Corpus,
     texts: random.Random,
     coins: random.Random,
@@ -317,7 +332,8 @@ def _canaries(
         unit = next(u for _ in range(_TRIALS) if (u := f"p{texts.getrandbits(48):012x}") not in units)
         units.add(unit)
         count = repeats[i // len(designs) % len(repeats)]
-        found.append(Canary(i, design, count, bool(coins.getrandbits(1)), unit, carrier, secret))
+        label = _label(texts.choice(labels))
+        found.append(Canary(i, design, count, bool(coins.getrandbits(1)), unit, label, carrier, secret))
     return found
 
 
@@ -372,17 +388,28 @@ def _filled(carrier: str, secret: Mapping[str, str]) -> tuple[str, list[dict[str
     return text, spans
 
 
+def _note(canary: Canary, number: int) -> dict[str, Any]:
+    """One row of records."""
+    text, spans = _filled(canary.carrier, canary.secret)
+    label = list(canary.label) if isinstance(canary.label, tuple) else canary.label
+    record_id = f"{canary.unit}-{number}"
+    return {"text": text, "label": label, "unit": canary.unit, "record_id": record_id, "identifiers": spans}
+
+
+def _label(found: Any) -> str | tuple[str, ...] | None:
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _canary_of(entry: Mapping[str, Any]) -> Canary:
+    """The canary that stands in a manifest's file."""
+    return Canary(**{k: v for k, v in entry.items() if k not in ("text", "label")}, label=_label(entry["label"]))
+
+
 def _with_notes(records: Dataset, canaries: Sequence[Canary], rng: random.Random) -> Dataset:
     """The records with the notes of these canaries at random places."""
     from datasets import Dataset
 
-    labels = list(records["label"]) if "label" in records.column_names else []
-    notes: list[dict[str, Any]] = []
-    for canary in canaries:
-        text, spans = _filled(canary.carrier, canary.secret)
-        label = rng.choice(labels) if labels else None
-        row = {"text": text, "label": label, "unit": canary.unit, "identifiers": spans}
-        notes += [row | {"record_id": f"{canary.unit}-{number}"} for number in range(canary.repeats)]
+    notes = [_note(canary, number) for canary in canaries for number in range(canary.repeats)]
     total = len(records) + len(notes)
     at = dict(zip(sorted(rng.sample(range(total), len(notes))), rng.sample(notes, len(notes)), strict=True))
     columns: dict[str, list[Any]] = {}

@@ -177,16 +177,28 @@ def test_made_up_identifiers_are_nobodys_in_the_records(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("label", [None, "single", "multi"])
-def test_labels_are_drawn_from_those_present(label: str | None) -> None:
+def test_labels_are_drawn_from_those_present(label: str | None, tmp_path: Path) -> None:
     columns: dict[str, Any] = {"text": [f"note {i} about a cough" for i in range(8)]}
     if label is not None:
         columns["y"] = [["a", "b"], ["c"]] * 4 if label == "multi" else ["a", "b"] * 4
     source = Dataset.from_dict(columns)
     records = load_records(source, label=None if label is None else "y", multi_label=label == "multi")
-    found, _ = plant_canaries(records, n=40, designs=["identifiers"], seed=0)
-    assert found.features == records.features
+    found, manifest = plant_canaries(records, n=40, designs=["identifiers"], seed=0)
+    assert found.features == manifest.records.features == records.features
     if label is not None:
-        assert {str(x) for x in found["label"]} == {str(x) for x in records["label"]}
+        assert {str(x) for x in manifest.records["label"]} == {str(x) for x in records["label"]}
+    manifest.save(tmp_path / "m.json")
+    assert Manifest.load(tmp_path / "m.json").records.to_list() == manifest.records.to_list()
+
+
+def test_what_an_attack_scores_are_the_notes_themselves_and_those_that_were_out(
+    planted: tuple[Dataset, Manifest],
+) -> None:
+    found, manifest = planted
+    rows = manifest.records.to_list()
+    assert [row["text"] for row in rows] == manifest.texts
+    for row, canary in zip(rows, manifest.canaries, strict=True):
+        assert (row in found.to_list()) == canary.included
 
 
 # --- Candidates -------------------------------------------------------------------------------------------------------
