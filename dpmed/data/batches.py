@@ -181,15 +181,25 @@ def per_record_loss(logits: Tensor, batch: Batch, spec: TaskSpec) -> Tensor:
     Returns: [b], float32, in nats. An example without any target has loss 0.
     Guarantee: row i depends on row i of logits and batch alone.
     """
-    targets = batch["targets"]
     if spec.kind == "classification":
+        targets = batch["targets"]
         if spec.multi_label:
             return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(dim=1)
         return F.cross_entropy(logits.float(), targets, reduction="none")
-    weights = batch["weights"]
+    targets, weights = language_targets(batch, spec)
+    return mean_by_record(_token_losses(logits, targets, weights > 0), weights)
+
+
+def language_targets(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:
+    """What each position of a language model is to predict [b, t], and how much that counts [b, t]."""
+    targets, weights = batch["targets"], batch["weights"]
     if spec.kind == "causal_lm":  # the target of a position is the next token; shifting them copies no logits
-        targets, weights = F.pad(targets[:, 1:], (0, 1)), F.pad(weights[:, 1:], (0, 1))
-    losses = _token_losses(logits, targets, weights > 0)
+        return F.pad(targets[:, 1:], (0, 1)), F.pad(weights[:, 1:], (0, 1))
+    return targets, weights
+
+
+def mean_by_record(losses: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of each record's token losses, [b, t] to [b]; 0 for a record whose weights are all 0."""
     return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)
 
 

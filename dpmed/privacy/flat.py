@@ -64,8 +64,8 @@ class FlatParameters:
 
     def check_unchanged(self, model: nn.Module) -> None:
         """Raises PrivacyError if other parameters are trainable than those that were covered."""
-        _, now = _trainable(model)
-        if [id(p) for p in now] != [id(p) for p in self.parameters]:
+        now = [id(p) for p in model.parameters() if p.requires_grad]  # without names, which are slow to make
+        if now != [id(p) for p in self.parameters]:
             raise PrivacyError(
                 "the trainable parameters changed after the privacy engine was attached; make the trainer anew"
             )

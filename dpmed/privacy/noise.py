@@ -79,7 +79,7 @@ class GaussianNoise:
         if flat.dtype != torch.float32:
             raise PrivacyError(f"noise must be added in float32, got {flat.dtype}: keep the clipped sum in float32")
         if not self.secure:
-            return flat.add_(self._fast(flat.numel(), flat.device).view(flat.shape))
+            return self._add_fast_(flat)
         if self.std == 0:
             return flat
         total = flat.detach().to("cpu", torch.float64).reshape(-1)  # a copy, since the type differs
@@ -95,12 +95,19 @@ class GaussianNoise:
         """
         return self.add_(torch.zeros(n, dtype=torch.float32, device=device))
 
-    def _fast(self, n: int, device: torch.device) -> Tensor:
+    def _add_fast_(self, flat: Tensor) -> Tensor:
         if self._seed is None and os.getpid() != self._process:
             raise PrivacyError("a noise source in a forked process repeats its parent's noise: make a new one there")
-        if device.type == "cpu":
-            return torch.from_numpy(self._cpu.standard_normal(n, dtype=np.float32)).mul_(self.std)
-        return torch.randn(n, generator=self._generator(device), device=device, dtype=torch.float32).mul_(self.std)
+        device = flat.device
+        if device.type != "cpu":
+            normals = torch.randn(flat.numel(), generator=self._generator(device), device=device, dtype=torch.float32)
+            return flat.add_(normals.view(flat.shape), alpha=self.std)
+        normals = np.empty(min(CHUNK, flat.numel()), dtype=np.float32)  # stays in the cache
+        for part in flat.view(-1).split(CHUNK):
+            drawn = normals[: part.numel()]
+            self._cpu.standard_normal(out=drawn, dtype=np.float32)
+            part.add_(torch.from_numpy(drawn), alpha=self.std)
+        return flat
 
     def _normals(self, n: int) -> Tensor:
         """[n] standard normals, float64: two independent Box-Muller draws added, over sqrt(2)."""

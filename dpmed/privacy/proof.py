@@ -36,6 +36,7 @@ def prove(
     model: nn.Module,
     losses: Callable[[Sequence[int]], Tensor],
     *,
+    truth: Callable[[Sequence[int]], Tensor],
     units: Sequence[int],
 ) -> Engine:
     """Attach the engine, and show on public records that its rows are what a loop over single units gives.
@@ -44,7 +45,8 @@ def prove(
         attach: makes the engine on `model`.
         model: on its final device. Its trainable weights are moved a little for the trial (fresh LoRA factors of zero
             would prove nothing of their partners) and are put back bit for bit.
-        losses: per-record losses [b] of the public records with these indices, padded together as in training.
+        losses: per-record losses [b] of the public records with these indices, padded and computed as in training.
+        truth: the same, computed in the plainest way there is.
         units: the unit of each public record; at least one unit with several records, and records of several lengths.
 
     Returns: the engine, attached.
@@ -55,14 +57,14 @@ def prove(
     with _trial(model, flat):
         _check_training_mode(model, flat, losses, len(units))
         _without_dropout(model, flat)
-        truth = _one_by_one(flat, losses, units)
+        alone = _one_by_one(flat, truth, units)
         engine = attach()
         try:
             engine.begin(units, flat.parameters[0].device)
             engine.backward(losses(range(len(units))))
-            for row, (unit, alone) in zip(engine.unit_gradients(), truth.items(), strict=True):
+            for row, (unit, gradients) in zip(engine.unit_gradients(), alone.items(), strict=True):
                 engine.write_gradients(row)
-                _compare(flat, alone, unit)
+                _compare(flat, gradients, unit)
         except BaseException:
             engine.detach()
             raise

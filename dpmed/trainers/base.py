@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpmed.data.batches import Batch, Collator, SimilarLengths, per_record_loss
+from dpmed.data.head_losses import frozen_head, record_losses
 from dpmed.data.records import load_records
 from dpmed.data.tasks import EncodedRecords, Example, Targets, TaskKind, TaskSpec, encode, label_names
 from dpmed.errors import InputError
@@ -114,9 +116,19 @@ class DpmedTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean over the batch of each record's own loss; `num_items_in_batch` is ignored on purpose."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        loss = per_record_loss(outputs.logits, inputs, self.spec).mean()
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+        if return_outputs:
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            return per_record_loss(outputs.logits, inputs, self.spec).mean(), {"logits": outputs.logits}
+        return self.record_losses(model, inputs).mean()
+
+    def record_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of each example of a batch, [b], float32."""
+        return record_losses(model, batch, self.spec, self.frozen_head)
+
+    @cached_property
+    def frozen_head(self) -> nn.Linear | None:
+        """The output layer of a language model where training leaves it as it is: its logits are then never held."""
+        return None if self.spec.kind == "classification" else frozen_head(self.model, self.args.device)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with a rate of its own for a classification head where one is set."""

@@ -34,7 +34,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from dpmed.data.batches import Batch, per_record_loss
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
 from dpmed.errors import InputError, PrivacyError
 from dpmed.privacy import ranks
@@ -278,17 +277,19 @@ class DPLoRATrainer(LoRATrainer):
         engine.check_unchanged(self.model)
         self._prove_movement(engine)
         model.train()
-        total = torch.zeros(engine.n_parameters, dtype=torch.float32, device=self.args.device)
+        total: Tensor | None = None
         nonfinite = torch.zeros((), dtype=torch.int64, device=self.args.device)
         n = sum(map(len, inputs))
         behind = ranks.most_of_all(n, self.args.device) - n if self.args.shard_base else 0
         for group in inputs:
             clipped, bad = self._clipped(model, engine, group)
-            total += clipped
+            total = clipped if total is None else total.add_(clipped)
             nonfinite += bad
         for _ in range(behind):
             self._keep_pace(model, engine)
         self.n_nonfinite += int(ranks.sum_over_ranks_(nonfinite))
+        if total is None:  # nobody was drawn; the noise is added all the same
+            total = torch.zeros(engine.n_parameters, dtype=torch.float32, device=self.args.device)
         engine.write_gradients(ranks.noised_sum_(total, self._noise).div_(self.plan.divisor))
         if self._watched:
             self.charge()
@@ -300,7 +301,7 @@ class DPLoRATrainer(LoRATrainer):
         for examples in group:
             engine.begin([example.unit for example in examples], self.args.device)
             with self.compute_loss_context_manager():
-                losses = self._record_losses(model, examples)
+                losses = self._losses_of(model, examples)
             engine.backward(losses)
         return self.plan.clipped_sum(engine.unit_gradients())
 
@@ -309,14 +310,12 @@ class DPLoRATrainer(LoRATrainer):
         so all must run equally many."""
         trial, units = public_examples(self.spec, self.processing_class)
         engine.begin(units, self.args.device)
-        engine.backward(self._record_losses(model, trial))
+        engine.backward(self._losses_of(model, trial))
         engine.unit_gradients()
 
-    def _record_losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+    def _losses_of(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Loss of each example, [b]."""
-        batch: Batch = self._prepare_inputs(self.data_collator(list(examples)))
-        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return per_record_loss(outputs.logits, batch, self.spec)
+        return self.record_losses(model, self._prepare_inputs(self.data_collator(list(examples))))
 
     def _cut(self, examples: list[Example]) -> LogicalBatch:
         fit = None if self._engine is None else int(self.args.buffer_mib * 2**20 / (4 * self._engine.n_parameters))
@@ -337,9 +336,10 @@ class DPLoRATrainer(LoRATrainer):
             options = self.args.activation_checkpointing_kwargs
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # pyright: ignore
         examples, units = public_examples(self.spec, self.processing_class)
-        batch: Batch = self._prepare_inputs(self.data_collator(examples))
-        losses = trial_losses(self.model, batch, [len(example.input_ids) for example in examples], self.spec)
-        return prove(lambda: self.plan.attach(self.model), self.model, losses, units=units)
+        batch = self._prepare_inputs(self.data_collator(examples))
+        of = partial(trial_losses, self.model, batch, [len(example.input_ids) for example in examples], self.spec)
+        attach = partial(self.plan.attach, self.model)
+        return prove(attach, self.model, of(self.frozen_head), truth=of(None), units=units)
 
     def _prove_movement(self, engine: Engine) -> None:
         """After the first step with a rate above 0, every covered weight must have moved (Opacus issue 820)."""

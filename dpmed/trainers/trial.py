@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dpmed.data.batches import Batch, per_record_loss
+from dpmed.data.batches import Batch
+from dpmed.data.head_losses import record_losses
 from dpmed.data.tasks import Example, TaskSpec
 
 if TYPE_CHECKING:
@@ -43,15 +44,16 @@ def public_examples(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def trial_losses(
-    model: nn.Module, batch: Batch, lengths: Sequence[int], spec: TaskSpec
+    model: nn.Module, batch: Batch, lengths: Sequence[int], spec: TaskSpec, head: nn.Linear | None
 ) -> Callable[[Sequence[int]], Tensor]:
     """Losses of any of a batch's examples, padded together as in training.
 
     Args:
-        model: gives logits.
+        model: of the task.
         batch: all examples, collated once, since masked words are drawn at random.
         lengths: tokens of each example.
         spec: the task.
+        head: see `record_losses`.
 
     Returns: a function of the examples' indices that gives their losses, [their number].
     """
@@ -60,7 +62,6 @@ def trial_losses(
     def losses(examples: Sequence[int]) -> Tensor:
         rows, longest = list(examples), max(lengths[i] for i in examples)
         part = {k: v[rows][:, :longest] if k in by_token else v[rows] for k, v in batch.items()}
-        outputs = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
-        return per_record_loss(outputs.logits, part, spec)
+        return record_losses(model, part, spec, head)
 
     return losses

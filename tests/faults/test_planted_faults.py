@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 import tiny_models
 from dpmed.data.batches import Batch, Collator, per_record_loss
+from dpmed.data.head_losses import record_losses
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError, PrivacyError
 from dpmed.privacy import flat
@@ -22,7 +23,7 @@ from dpmed.privacy.noise import GaussianNoise
 from dpmed.privacy.one_pass import OnePassEngine
 from dpmed.privacy.plan import PrivacyPlan
 from dpmed.privacy.sampling import PoissonUnitSampler
-from dpmed.trainers import dp_lora
+from dpmed.trainers import base, dp_lora
 from dpmed.trainers.base import MetricsFile
 from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig, LogicalBatch
 
@@ -355,9 +356,9 @@ def test_under_bfloat16_norm_clip_sum_and_noise_stay_float32(tmp_path: Path, mon
 
 @pytest.fixture
 def nan_in_unit_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loss(logits: Tensor, batch: Batch, spec: TaskSpec) -> Tensor:
+    def loss(model: Any, batch: Batch, spec: TaskSpec, head: Any) -> Tensor:
         bad = (batch["unit"] == 2) & in_training[0]
-        return per_record_loss(logits, batch, spec) * torch.where(bad, torch.nan, 1.0)
+        return record_losses(model, batch, spec, head) * torch.where(bad, torch.nan, 1.0)
 
     def attach(self: DPLoRATrainer) -> Any:
         engine = attach_proven(self)
@@ -366,7 +367,7 @@ def nan_in_unit_2(monkeypatch: pytest.MonkeyPatch) -> None:
 
     in_training, attach_proven = [False], DPLoRATrainer._attach
     monkeypatch.setattr(DPLoRATrainer, "_attach", attach)
-    monkeypatch.setattr(dp_lora, "per_record_loss", loss)
+    monkeypatch.setattr(base, "record_losses", loss)
 
 
 @pytest.mark.usefixtures("nan_in_unit_2")

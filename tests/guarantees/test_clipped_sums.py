@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpmed.data.batches import Batch, per_record_loss
+from dpmed.data.batches import Batch
+from dpmed.data.head_losses import record_losses
 from dpmed.data.tasks import TaskSpec
 from dpmed.privacy.one_pass import OnePassEngine
 from dpmed.privacy.plan import PrivacyPlan
-from dpmed.trainers import dp_lora
+from dpmed.trainers import base, dp_lora
 from dpmed.trainers.dp_lora import DPLoRATrainer, LogicalBatch
 
 DRAWS = st.builds(
@@ -90,10 +91,10 @@ def units_split_over_micro_batches(patch: pytest.MonkeyPatch) -> None:
 def padding_counts(patch: pytest.MonkeyPatch) -> None:
     """A mean over all positions of the padded batch."""
 
-    def faulty(logits: Tensor, batch: Batch, spec: TaskSpec) -> Tensor:
-        return per_record_loss(logits, batch, spec) * batch["attention_mask"].float().mean(dim=1)
+    def faulty(model: Any, batch: Batch, spec: TaskSpec, head: Any) -> Tensor:
+        return record_losses(model, batch, spec, head) * batch["attention_mask"].float().mean(dim=1)
 
-    patch.setattr(dp_lora, "per_record_loss", faulty)
+    patch.setattr(base, "record_losses", faulty)
 
 
 def a_mean_instead_of_a_sum(patch: pytest.MonkeyPatch) -> None:

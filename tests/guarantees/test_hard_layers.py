@@ -103,7 +103,7 @@ def rows_and_batch_gradient(
     def losses() -> Tensor:
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return trainer._record_losses(model, examples)
+            return trainer._losses_of(model, examples)
 
     model.zero_grad()
     losses().sum().backward()

@@ -168,7 +168,7 @@ def test_a_sequence_first_model_is_seen_where_positions_are_as_many_as_records(t
 
     before = flat.snapshot()
     with pytest.raises(PrivacyError, match=r"mix\.weight.*differs by"):
-        proof.prove(lambda: OnePassEngine(model), model, losses, units=[0, 1, 0, 2])
+        proof.prove(lambda: OnePassEngine(model), model, losses, truth=losses, units=[0, 1, 0, 2])
     assert flat.unmoved_since(before) == flat.names
 
 
@@ -225,7 +225,8 @@ def test_a_successful_trial_leaves_weights_modes_and_random_numbers_as_they_were
         return logits.float().logsumexp(-1).reshape(len(records), -1).mean(dim=1)
 
     before, random = state_of(model), torch.get_rng_state()
-    attached = proof.prove(lambda: make_plan(engine=engine).attach(model), model, losses, units=[0, 1, 0, 2])
+    attach = make_plan(engine=engine).attach
+    attached = proof.prove(lambda: attach(model), model, losses, truth=losses, units=[0, 1, 0, 2])
     assert_untouched(model, before)
     assert torch.equal(torch.get_rng_state(), random)
     attached.detach()

@@ -45,8 +45,8 @@ COVERAGE = (
     Mutant(
         "trial left out",
         "dpmed/trainers/dp_lora.py",
-        "return prove(lambda: self.plan.attach(self.model), self.model, losses, units=units)",
-        "return self.plan.attach(self.model)",
+        "return prove(attach, self.model, of(self.frozen_head), truth=of(None), units=units)",
+        "return attach()",
         "a model whose records influence each other is trained with a sensitivity that nobody knows",
         (
             f"{TRIAL}test_a_model_that_couples_records_is_refused_by_name_before_the_first_step[SharedCapacity-one_pass]",
@@ -74,8 +74,8 @@ CLIPPED_SUM = (
     Mutant(
         "clipped sum divided by the records",
         "dpmed/trainers/dp_lora.py",
-        "total += clipped",
-        "total += clipped / sum(map(len, group))",
+        "total = clipped if total is None else total.add_(clipped)",
+        "clipped /= sum(map(len, group)); total = clipped if total is None else total.add_(clipped)",
         "noise calibrated to a sum is added to a mean",
         (f"{LOOP}[clip-all-llama-causal_lm]",),
     ),
@@ -227,8 +227,8 @@ RANDOMNESS = (
     Mutant(
         "noise per micro-batch",
         "dpmed/trainers/dp_lora.py",
-        "total += clipped",
-        "total += self._noise.add_(clipped)",
+        "total = clipped if total is None else total.add_(clipped)",
+        "clipped = self._noise.add_(clipped); total = clipped if total is None else total.add_(clipped)",
         "the noise depends on the draw and is not what the accountant was told",
         (
             f"{PLANTED}test_noise_is_added_once_per_step_however_many_micro_batches",

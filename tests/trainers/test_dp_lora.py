@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tiny_models
 from dpmed.data.batches import Batch, per_record_loss
+from dpmed.data.head_losses import record_losses
 from dpmed.data.tasks import EncodedRecords, Example, TaskKind, TaskSpec, encode
 from dpmed.errors import InputError, PrivacyError
 from dpmed.models import MeanPoolingClassifier, MeanPoolingConfig
@@ -237,9 +238,7 @@ def test_the_comparison_sees_a_mean_in_place_of_the_sum(tmp_path: Path, monkeypa
     model = with_lora(tiny_models.make_model("llama"), "causal_lm")
     plan = make_plan(clip_norm=1e6)
     trainer = make_trainer(tmp_path, model, make_spec("causal_lm"), make_records(label=False), plan)
-    monkeypatch.setattr(
-        "dpmed.trainers.dp_lora.per_record_loss", lambda *a: per_record_loss(*a) / a[1]["input_ids"].shape[0]
-    )
+    monkeypatch.setattr("dpmed.trainers.base.record_losses", lambda *a: record_losses(*a) / a[1]["input_ids"].shape[0])
     examples = list(trainer.train_dataset)
     got, (expected, _) = engine_sum(trainer, examples), slow_sum(trainer, examples)
     assert relative_error(got, expected) > 1e-2
