@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 COUNTS_FILE = "identifiers.json"
 RECORDS_FILE = "records.parquet"
-STRATA = {"1": 1, "2-4": 4, "5-9": 9, "10+": None}
-"""In the records of how many patients a value stands -> the largest number of the stratum."""
+STRATA = {"1": 1, "2-4": 4, "5+": None}
+"""In the records of how many patients a value stands, as in leakage figures -> the largest number of the stratum."""
 
 
 @dataclass(frozen=True)

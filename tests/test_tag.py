@@ -172,6 +172,12 @@ def test_a_table_needs_the_patients(capsys: Captured, files: Path) -> None:
 # --- Counts add up ----------------------------------------------------------------------------------------------------
 
 
+def test_strata_are_those_of_the_leakage_figures() -> None:
+    from dpmed.memorization import leak_probes
+
+    assert list(STRATA) == list(leak_probes.STRATA)
+
+
 def test_counts_of_the_hospital_add_up() -> None:
     records = make_hospital(n_patients=20, seed=2)
     tagged, counts = tag_records(records, TagSources(), unit="unit")

@@ -48,3 +48,32 @@ def test_the_committed_figures_are_of_the_whole_size() -> None:
     speed = json.loads((BENCHMARKS / "speed" / "results" / "matching.json").read_text())
     assert speed["settings"]["n_values"] == 1_000_000 and set(speed["found_share"].values()) == {1.0}
     assert json.loads((BENCHMARKS / "identifiers" / "results" / "asq_phi.json").read_text())["all"]["n_records"] == 1051
+
+
+def test_the_page_has_the_measured_figures() -> None:
+    page = (BENCHMARKS.parent / "docs" / "identifiers.md").read_text(encoding="utf-8")
+    odd = json.loads((BENCHMARKS / "identifiers" / "results" / "asq_phi.json").read_text())["odd"]
+
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+
+    def cells(figure: dict[str, float] | None) -> list[str]:
+        if figure is None:
+            return ["", ""]
+        return [f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})", str(figure["n"])]
+
+    for kind in {**odd["recall"], **odd["precision"]}:
+        row = [kind, *cells(odd["recall"].get(kind)), *cells(odd["precision"].get(kind))]
+        assert any(row[: len(line)] == line and not any(row[len(line) :]) for line in rows), kind
+
+
+def test_the_page_lists_every_type() -> None:
+    from dpmed.data.identifier_types import IDENTIFIER_TYPES
+    from dpmed.data.patterns import PATTERNS
+
+    page = (BENCHMARKS.parent / "docs" / "identifiers.md").read_text(encoding="utf-8")
+    with_pattern = {pattern.type for pattern in PATTERNS}
+    for kind in IDENTIFIER_TYPES.values():
+        found = "yes" if kind.name in with_pattern else ""
+        assert f"| {kind.name} | {kind.safe_harbor or 'quasi'} | {kind.meaning} | {found} |" in page
