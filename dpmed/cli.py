@@ -144,7 +144,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     from dpmed.recipe_io import build_recipe, check_recipe
 
     _only(args.flags, EVALUATE_KEYS, verb="evaluate")
-    data = {"train": args.train, "heldout": args.heldout}
+    data = {"train": args.train, "heldout": args.heldout, "canaries": args.canaries}
     values = {"model": {"path": args.model, "base": args.base_model}, "data": data}
     recipe = build_recipe(values, where="evaluate", flags=args.flags)
     check_recipe(recipe)
@@ -152,7 +152,12 @@ def evaluate(args: argparse.Namespace) -> Result:
 
     task_given = any(flag.partition("=")[0] == "--task" for flag in args.flags)
     return run_evaluation(
-        recipe, args.output_dir, resume=args.resume, base_scores=args.base_scores, task_given=task_given
+        recipe,
+        args.output_dir,
+        resume=args.resume,
+        base_scores=args.base_scores,
+        task_given=task_given,
+        before=args.before,
     )
 
 
@@ -200,7 +205,7 @@ def tag(args: argparse.Namespace) -> Result:
 
     data = recipe.data
     sources = TagSources(
-        patterns=args.patterns == "true",
+        patterns=args.patterns,
         table=args.table,
         table_unit=args.table_unit,
         table_types=args.table_types,
@@ -211,6 +216,25 @@ def tag(args: argparse.Namespace) -> Result:
     records, about = _records(recipe, data.train), {"data": args.data}
     check = args.check and labelled_records(args.check, text=data.text, unit=data.unit, identifiers=data.identifiers)
     return tag_folder(records, args.output_dir, sources, about=about, unit=data.unit, k=args.k, check=check)
+
+
+def plant(args: argparse.Namespace) -> Result:
+    from dpmed.recipe_io import build_recipe, check_recipe
+
+    _only(args.flags, TAG_KEYS, verb="plant")
+    recipe = build_recipe({"model": {"path": "none"}, "data": {"train": args.data}}, where="plant", flags=args.flags)
+    check_recipe(recipe)
+    from dpmed.planting import plant_folder
+
+    return plant_folder(
+        _records(recipe, recipe.data.train),
+        args.output_dir,
+        unit=recipe.data.unit,
+        n=args.n,
+        designs=args.designs,
+        repeats=args.repeats,
+        seed=args.seed,
+    )
 
 
 def ledger(args: argparse.Namespace) -> Result:
@@ -383,6 +407,13 @@ VERBS: dict[str, Verb] = {
         run=tag,
         add=arguments.add_tag,
         show=cli_show.identifiers,
+        keys=TAG_KEYS,
+    ),
+    "plant": Verb(
+        help="Plant canary patients in training records, for exposure and the audit.",
+        run=plant,
+        add=arguments.add_plant,
+        show=cli_show.planted,
         keys=TAG_KEYS,
     ),
     "ledger": Verb(

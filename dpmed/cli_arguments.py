@@ -122,6 +122,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_model", metavar="B", help="the model before fine-tuning, for reference scores")
     parser.add_argument("--train", required=True, metavar="F", help="the records it was trained on: the members")
     parser.add_argument("--heldout", required=True, metavar="F", help="records of other patients: the non-members")
+    parser.add_argument("--canaries", metavar="F", help="manifest of the canaries planted in train: exposure and audit")
+    parser.add_argument("--before", type=Path, metavar="D", help="evaluation of the same records before: persistence")
     _output(parser, resume=True)
     _add_base_scores(parser)
 
@@ -149,7 +151,9 @@ def add_tag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="csv, jsonl, parquet, or a saved datasets folder")
     _output(parser, resume=False)
     parser.add_argument("--k", type=_at_least_one, default=2, help="a word of fewer than k patients is an identifier")
-    parser.add_argument("--patterns", choices=("true", "false"), default="true", help="dates, numbers and other forms")
+    parser.add_argument(
+        "--patterns", choices=("true", "false", "presidio"), default="true", help="identifiers by their form"
+    )
     parser.add_argument("--ner", metavar="DIR", help="folder of a token-classification model: names that have no form")
     parser.add_argument("--table", metavar="F", help="your table of patients: a row a patient, its values are known")
     parser.add_argument("--table_unit", metavar="COLUMN", help="its column with the patient; default: data.unit")
@@ -163,6 +167,15 @@ def add_tag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--everywhere", action="store_true", help="look for its values in other patients' records too")
     parser.add_argument("--day_first", action="store_true", help="03/04/1950 is the third of April")
     parser.add_argument("--check", metavar="F", help="labelled records: measure recall and precision of the patterns")
+
+
+def add_plant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="training records: csv, jsonl, parquet, or a saved datasets folder")
+    _output(parser, resume=False)
+    parser.add_argument("--n", type=_at_least_one, required=True, help="canary patients; about half will be planted")
+    parser.add_argument("--designs", type=_words, metavar="D,...", help="random_tokens, identifiers, rare_bigrams")
+    parser.add_argument("--repeats", type=_numbers, metavar="N,...", help="notes of a canary patient; default 1,2,4")
+    parser.add_argument("--seed", type=int, help="for a repeatable experiment; default: fresh, as an audit should be")
 
 
 def add_ledger(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +72,19 @@ def _asq_phi(path: Path) -> Dataset:
     return Dataset.from_dict(columns, features=record_features())
 
 
-def pattern_figures(labelled: Dataset, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+def pattern_figures(
+    labelled: Dataset, find: Callable[[str], list[Span]] = pattern_spans, *, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Any]:
     """Recall and precision of the patterns, by type and over all.
 
     A labelled span is found if all its letters and digits lie in spans of patterns, of whatever type: what counts is
     that it is covered. A pattern's span is right if it overlaps a labelled one, of whatever type.
+
+    Args:
+        labelled: records with labelled spans.
+        find: gives the patterns' spans of a text, none overlapping.
+        bootstrap: resamples of units.
+        seed: of the resamples.
 
     Returns: {"n_records", "n_units", "recall": {type: figure}, "precision": {type: figure}}; the first type is "all".
         Types of recall are those of the labels, types of precision those of the patterns. Intervals: `rate_by_unit`.
@@ -84,7 +92,7 @@ def pattern_figures(labelled: Dataset, *, bootstrap: int = 1000, seed: int = 0) 
     recall: list[tuple[str, bool, str]] = []
     precision: list[tuple[str, bool, str]] = []
     for text, unit, labels in zip(labelled["text"], labelled["unit"], labelled["identifiers"], strict=True):
-        found = pattern_spans(text)
+        found = find(text)
         covered, labelled_at = _places(found), _places(labels)
         for span in labels:
             inside = {at for at in _places([span]) if text[at].isalnum()}

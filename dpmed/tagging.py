@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpmed.data.identifier_types import IDENTIFIER_TYPES, canonical_type, is_direct
 from dpmed.data.identifiers import Span, identifier_counts, resolved_spans, tag_identifiers, with_spans
@@ -34,7 +34,8 @@ STRATA = {"1": 1, "2-4": 4, "5+": None}
 class TagSources:
     """Where identifiers come from, beside the spans that the records bring."""
 
-    patterns: bool = True
+    patterns: Literal["true", "false", "presidio"] = "true"
+    """presidio: dpmed's own and Presidio's, see presidio.py."""
     table: str | None = None
     """The user's patient table."""
     table_unit: str | None = None
@@ -68,8 +69,9 @@ def tag_records(
     if sources.table is not None:
         found, counts["table"] = _from_table(records, sources, unit)
         layers.append(found)
-    if sources.patterns:
-        layers.append([pattern_spans(text) for text in records["text"]])
+    if sources.patterns != "false":
+        find = pattern_finder(sources.patterns)
+        layers.append([find(text) for text in records["text"]])
     if sources.ner is not None:
         from dpmed.data.ner import EntityTagger
 
@@ -87,6 +89,19 @@ def tag_records(
         **counts,
     }
     return tagged, counts
+
+
+def pattern_finder(patterns: Literal["true", "presidio"]) -> Callable[[str], list[Span]]:
+    """What finds the spans of source "pattern" in a text.
+
+    Raises: InputError if Presidio is asked for and not installed.
+    """
+    if patterns == "true":
+        return pattern_spans
+    from dpmed.data.presidio import PresidioPatterns
+
+    presidio = PresidioPatterns()
+    return lambda text: resolved_spans(text, [*pattern_spans(text), *presidio.spans(text)])
 
 
 def tag_folder(
@@ -115,6 +130,7 @@ def tag_folder(
     from dpmed.tag_check import pattern_figures
 
     tagged, counts = tag_records(records, sources, unit=unit, k=k)
+    checked = "presidio" if sources.patterns == "presidio" else "true"
     result = {
         **about,
         "n_records": len(records),
@@ -122,7 +138,7 @@ def tag_folder(
         "unit": unit,
         "k": k,
         **counts,
-        "check": None if check is None else pattern_figures(check),
+        "check": None if check is None else pattern_figures(check, pattern_finder(checked)),
     }
     claim_output_dir(folder, resume=False)
     _write_records(folder / RECORDS_FILE, tagged if unit else tagged.remove_columns("unit"))

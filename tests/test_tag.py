@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,18 @@ def test_an_entity_model_is_a_source_of_its_own(capsys: Captured, files: Path, m
     assert counts["identifiers"]["ner"] == {"NAME": 1} and shown(records)[2][0] == ("Ben Rose", "NAME", "ner")
 
 
+def test_presidios_spans_are_pattern_spans(capsys: Captured, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fevers:
+        def spans(self, text: str) -> list[dict[str, Any]]:
+            at = text.find("Fever")
+            return [{"start": at, "end": at + 5, "type": "TATTOO", "source": "pattern"}] if at >= 0 else []
+
+    monkeypatch.setattr("dpmed.data.presidio.PresidioPatterns", Fevers)
+    _, counts, _ = tag(capsys, files, "--patterns", "presidio", "--check", str(files / "notes.jsonl"))
+    assert counts["identifiers"]["pattern"]["TATTOO"] == 1 and counts["identifiers"]["pattern"]["DATE"] == 3
+    assert counts["check"]["precision"]["TATTOO"]["value"] == 0
+
+
 def test_check_prints_what_the_patterns_are_worth(capsys: Captured, files: Path) -> None:
     spans = [{"start": 15, "end": 24, "type": "DATE"}, {"start": 0, "end": 8, "type": "NAME"}]
     (files / "labelled.jsonl").write_text(json.dumps({**ROWS[2], "spans": spans}) + "\n", encoding="utf-8")
@@ -151,11 +164,14 @@ def test_check_prints_what_the_patterns_are_worth(capsys: Captured, files: Path)
         (["--ner", "dslim/bert-base-NER"], "no model folder"),
         (["--check", "NOTES", "--data.identifiers", "pid"], "'pid' does not hold valid spans"),
         (["--patterns", "yes"], "invalid choice: 'yes'"),
+        (["--patterns", "presidio"], "pip install 'dpmed[presidio]'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    capsys: Captured, files: Path, options: list[str], message: str
+    capsys: Captured, files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
+    missing: Any = None
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", missing)
     paths = {"TABLE": str(files / "table.csv"), "NOTES": str(files / "notes.jsonl")}
     argv = ["tag", str(files / "notes.jsonl"), "--output_dir", str(files / "o"), "--data.unit", "pid"]
     assert main([*argv, *(paths.get(option, option) for option in options)]) == 2

@@ -2,6 +2,8 @@
 
     python benchmarks/identifiers/asq_phi.py FOLDER        # results/asq_phi.json; FOLDER holds synthetic_dataset.txt
 
+With the extra `presidio` installed, Presidio's recognisers are measured too, alone and beside ours, on the odd half.
+
 The data set: github.com/JamesWeatherhead/synthetic-clinical-queries (MIT). `odd` is every second query, beginning with
 the second: the patterns were mended only on what they did on the others (`even`).
 """
@@ -13,9 +15,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from dpmed.data.presidio import PresidioPatterns
 from dpmed.environment import versions
+from dpmed.errors import InputError
 from dpmed.runs import write_json
 from dpmed.tag_check import ASQ_PHI_FILE, labelled_records, pattern_figures
+from dpmed.tagging import pattern_finder
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,7 +29,13 @@ def measure(folder: Path) -> dict[str, Any]:
     """Figures over all queries and over the two halves; no text and no value of the data set."""
     records = labelled_records(str(folder), text="text", unit=None, identifiers=None)
     halves = {"all": range(len(records)), "even": range(0, len(records), 2), "odd": range(1, len(records), 2)}
-    figures = {name: pattern_figures(records.select(rows)) for name, rows in halves.items()}
+    figures: dict[str, Any] = {name: pattern_figures(records.select(rows)) for name, rows in halves.items()}
+    odd = records.select(halves["odd"])
+    try:
+        finders = {"presidio_alone": PresidioPatterns().spans, "with_presidio": pattern_finder("presidio")}
+        figures["presidio"] = {name: pattern_figures(odd, find) for name, find in finders.items()}
+    except InputError as error:
+        figures["presidio"], figures["not_applicable"] = None, {"presidio": str(error)}
     digest = hashlib.sha256((folder / ASQ_PHI_FILE).read_bytes()).hexdigest()
     return {"data": {"name": "ASQ-PHI", "file": ASQ_PHI_FILE, "sha256": digest}, "versions": versions(), **figures}
 

@@ -68,6 +68,15 @@ def test_the_page_has_the_measured_figures() -> None:
         assert any(row[: len(line)] == line and not any(row[len(line) :]) for line in rows), kind
 
 
+def test_the_page_has_the_comparison_with_presidio() -> None:
+    page = (BENCHMARKS.parent / "docs" / "identifiers.md").read_text(encoding="utf-8")
+    result = json.loads((BENCHMARKS / "identifiers" / "results" / "asq_phi.json").read_text())
+    for measured in (result["odd"], *result["presidio"].values()):
+        both = (measured[name]["all"] for name in ("recall", "precision"))
+        row = " | ".join(f"{all_['value']:.3f} ({all_['low']:.3f} to {all_['high']:.3f})" for all_ in both)
+        assert f"| {row} |\n" in page
+
+
 def test_the_page_lists_every_type() -> None:
     from dpmed.data.identifier_types import IDENTIFIER_TYPES
     from dpmed.data.patterns import PATTERNS
