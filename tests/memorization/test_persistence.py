@@ -26,7 +26,7 @@ SECRET = "Zebulon"
 
 def dataset(units: Sequence[str] = ("a", "b", "b", "c"), first: str = "The lungs are clear on day 7.") -> Dataset:
     name = {"start": 8, "end": 15, "type": "NAME", "source": "known"}
-    guess = {"start": 0, "end": 4, "type": "DATE", "source": "pattern"}
+    guess = {"start": 16, "end": 19, "type": "DATE", "source": "pattern"}
     texts = [first, f"Patient {SECRET} has a cough.", f"Patient {SECRET} was seen.", "No acute abnormality."]
     spans = [[], [name], [guess, name], []]
     return Dataset.from_dict({"text": texts, "unit": list(units), "record_id": list("0123"), "identifiers": spans})
