@@ -7,6 +7,7 @@ of a secret that it never saw is in both, so it cancels; canaries whose coin kep
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = 100
 """Other secrets per canary by default: exposure by rank then reaches log2(101) = 6.7 bits."""
-UNTOUCHED_MEAN = math.log2(math.e)
-"""Mean exposure, in bits, of a canary that the model never saw, for many candidates; the median is 1."""
-LEAST_P_VALUE = 0.01
+LEAST_P_VALUE = 0.1
 FEWEST_TO_FIT = 40
 
 Figure = Measure | NotApplicable
@@ -120,12 +119,17 @@ def exposure_by_rank(losses: CanaryLosses) -> np.ndarray:
     return np.log2(losses.candidates.shape[1] + 1) - np.log2(1 + below + equal / 2)
 
 
+def chance(n_candidates: int) -> float:
+    """Mean exposure by rank, in bits, where all ranks among `n_candidates` + 1 are equally likely."""
+    return float(np.mean(-np.log2(np.arange(1, n_candidates + 2) / (n_candidates + 1))))
+
+
 def exposure_by_fit(losses: CanaryLosses, space_bits: np.ndarray | Sequence[float]) -> np.ndarray:
     """Exposure in the whole space of secrets, from a skew-normal fit of the candidates' losses, in bits, [c].
 
-    Minus log2 of the fitted probability of a loss as low as the canary's, at most `space_bits`. Half of the candidates
-    are fitted (by moments), the other half tests the fit (Kolmogorov, 1 %): a fit tested on its own data would seem
-    better than it is.
+    Minus log2 of the fitted probability of a loss as low as the canary's, at most `space_bits`. The fit is by maximum
+    likelihood, and refused where Kolmogorov's test has a p-value below 0.1. The test sees the data that were fitted, so
+    it refuses what is plainly no skew-normal sample, and seldom anything else.
 
     Args:
         space_bits: log2 of the number of secrets, [c].
@@ -142,11 +146,12 @@ def _fitted_exposure(own: float, others: np.ndarray, bits: float) -> float:
 
     if len(others) < FEWEST_TO_FIT or np.ptp(others) == 0:
         return math.nan
-    fitted, tested = others[::2], others[1::2]
-    shape, place, scale = map(float, cast("tuple[float, float, float]", skewnorm.fit(fitted, method="mm")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of steps of the search that lead nowhere
+        shape, place, scale = map(float, cast("tuple[float, float, float]", skewnorm.fit(others)))
     if not (math.isfinite(shape) and scale > 0):
         return math.nan
-    if kstest(tested, skewnorm(shape, place, scale).cdf).pvalue < LEAST_P_VALUE:
+    if kstest(others, skewnorm(shape, place, scale).cdf).pvalue < LEAST_P_VALUE:
         return math.nan
     with np.errstate(divide="ignore"):
         found = -float(np.log2(skewnorm.cdf(own, shape, place, scale)))
@@ -166,16 +171,17 @@ def exposure_figures(
         `canary_exposure_median_out` (the floor), `canary_exposure_by_design` and `canary_exposure_by_repeats`
         {group: {"in", "out"}}, and `canary_exposure_fitted`, `canary_exposure_fitted_out` (in the whole space of
         secrets; `n_not_fitted` canaries left out, no figure where those are the majority). `most` is the largest value
-        possible. Untouched canaries have a mean of `UNTOUCHED_MEAN` and a median of 1 bit.
+        possible, `chance` the mean of a model that never saw a canary; its median is 1 bit.
     """
     ranked, coins = exposure_by_rank(losses), manifest.included
-    most = math.log2(losses.candidates.shape[1] + 1)
+    n_candidates = losses.candidates.shape[1]
+    by_rank = {"most": math.log2(n_candidates + 1), "chance": chance(n_candidates)}
     bits = np.array([manifest.space_bits(canary) for canary in manifest.canaries])
     fitted = exposure_by_fit(losses, bits)
 
     def sides(group: np.ndarray) -> dict[str, Figure]:
         parts = {"in": group & coins, "out": group & ~coins}
-        return {side: _mean(ranked[chosen], most, bootstrap, seed) for side, chosen in parts.items()}
+        return {side: _mean(ranked[chosen], by_rank, bootstrap, seed) for side, chosen in parts.items()}
 
     def groups(values: Sequence[object]) -> Mapping[str, object]:
         column = np.array([str(value) for value in values])
@@ -185,8 +191,8 @@ def exposure_figures(
     return {
         "canary_exposure": everyone["in"],
         "canary_exposure_out": everyone["out"],
-        "canary_exposure_median": _median(ranked[coins], most, bootstrap, seed),
-        "canary_exposure_median_out": _median(ranked[~coins], most, bootstrap, seed),
+        "canary_exposure_median": _median(ranked[coins], by_rank["most"], bootstrap, seed),
+        "canary_exposure_median_out": _median(ranked[~coins], by_rank["most"], bootstrap, seed),
         "canary_exposure_by_design": groups([canary.design for canary in manifest.canaries]),
         "canary_exposure_by_repeats": groups([canary.repeats for canary in manifest.canaries]),
         "canary_exposure_fitted": _of_fitted(fitted[coins], bits[coins], bootstrap, seed),
@@ -201,31 +207,27 @@ def _of_fitted(values: np.ndarray, bits: np.ndarray, bootstrap: int, seed: int) 
             f"the losses of the candidates of {int(refused.sum())} of {len(values)} canaries are not skew-normal, or "
             f"there are fewer than {FEWEST_TO_FIT}"
         )
-    most = float(bits.max()) if len(bits) else 0.0
-    found = _mean(values[~refused], most, bootstrap, seed)
-    if isinstance(found, NotApplicable):
-        return found
-    extra = {**found.extra, "n_not_fitted": int(refused.sum())}
-    return Measure(found.value, found.low, found.high, found.n, found.higher_is, extra)
+    known = {"most": float(bits.max()) if len(bits) else 0.0, "chance": math.log2(math.e)}
+    return _mean(values[~refused], {**known, "n_not_fitted": int(refused.sum())}, bootstrap, seed)
 
 
-def _mean(values: np.ndarray, most: float, bootstrap: int, seed: int) -> Figure:
+def _mean(values: np.ndarray, known: Mapping[str, float], bootstrap: int, seed: int) -> Figure:
     if len(values) == 0:
         return NotApplicable("no canary of this kind")
     interval = bootstrap_ratio(values, np.ones(len(values)), np.arange(len(values)), bootstrap, seed)
-    return _measure(float(values.mean()), interval, len(values), most)
+    return _measure(float(values.mean()), interval, len(values), known)
 
 
 def _median(values: np.ndarray, most: float, bootstrap: int, seed: int) -> Figure:
     if len(values) == 0:
         return NotApplicable("no canary of this kind")
     interval = bootstrap_by_unit(lambda at: float(np.median(values[at])), np.arange(len(values)), bootstrap, seed)
-    return _measure(float(np.median(values)), interval, len(values), most)
+    return _measure(float(np.median(values)), interval, len(values), {"most": most})
 
 
-def _measure(value: float, interval: tuple[float, float], n: int, most: float) -> Measure:
+def _measure(value: float, interval: tuple[float, float], n: int, known: Mapping[str, float]) -> Measure:
     """Where all resamples agree, as when every canary is ranked first, the interval is that of a rate, value / most."""
     low, high = interval
-    if not low < high:
-        low, high = (most * edge for edge in wilson(min(1.0, value / most) * n, n))
-    return Measure(value, min(low, value), max(high, value), n, "worse", {"most": most})
+    if not high - low > 1e-9 * known["most"]:  # also NaN: no resample was asked for
+        low, high = (known["most"] * edge for edge in wilson(min(1.0, value / known["most"]) * n, n))
+    return Measure(value, min(low, value), max(high, value), n, "worse", known)
