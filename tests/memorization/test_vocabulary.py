@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,10 @@ def slowly(logits: Tensor, targets: Tensor, sampling: Sampling) -> list[tuple[fl
         mean = sum(p[i] * log_p[i] for i in possible)
         variance = sum(p[i] * (log_p[i] - mean) ** 2 for i in possible)
         rank = sum(float(v) > float(row[target]) for v in row)
-        drawn = TemperatureLogitsWarper(sampling.temperature)(torch.zeros(1, 1), row[None])
+        ids: Any = torch.zeros(1, 1, dtype=torch.int64)  # the warpers ask for a LongTensor
+        drawn: Any = TemperatureLogitsWarper(sampling.temperature)(ids, cast(Any, row[None]))
         if sampling.top_k is not None:
-            drawn = TopKLogitsWarper(sampling.top_k)(torch.zeros(1, 1), drawn)
+            drawn = TopKLogitsWarper(sampling.top_k)(ids, drawn)
         sampled = float(drawn[0].log_softmax(0)[target])
         found.append((log_p[target], float(row.argmax()) == target, rank, mean, variance**0.5, sampled))
     return found
