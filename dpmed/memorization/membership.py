@@ -117,7 +117,7 @@ def ez_score(scores: TokenScores, base: TokenScores) -> np.ndarray:
     Edge cases: a record with fewer than two wrong positions scores 2, above all others: the model knows it by heart.
     Where nothing moved (P = N = 0) it is 0.5. NaN for a record with fewer than two scored tokens, which says nothing.
     Raises: ValueError if the two do not score the same tokens.
-    Reference: the EZ attack; error positions of the tuned model, compared with the model before fine-tuning.
+    Reference: Ilic et al. 2026 (error-zone score, arXiv 2601.12104).
     """
     _check_same_records(scores, base)
     wrong = scores.scored & ~scores.is_argmax
