@@ -21,7 +21,7 @@ from datasets import Dataset
 from dpmed.data.identifier_types import canonical_type
 from dpmed.data.matching import KnownValues
 from dpmed.memorization.extraction import Figure
-from dpmed.memorization.intervals import Measure, NotApplicable, bootstrap_ratio, rate_by_unit, wilson
+from dpmed.memorization.intervals import Measure, NotApplicable, bootstrap_ratio, dense_units, rate_by_unit, wilson
 from dpmed.memorization.leakage import DIRECT
 
 if TYPE_CHECKING:
@@ -292,9 +292,8 @@ def leaks_per_1000(hits: Sequence[set[int]], units: np.ndarray, *, bootstrap: in
     if not hits:
         return NotApplicable("no sample was generated")
     counts = np.array([len(hit) for hit in hits], dtype=float)
-    low, high = bootstrap_ratio(counts, np.ones(len(counts)), units, bootstrap, seed)
+    mean, (low, high) = float(counts.mean()), bootstrap_ratio(counts, np.ones(len(counts)), units, bootstrap, seed)
     if not low < high:
-        n_units = len(np.unique(units))
-        low, high = wilson(min(counts.mean(), 1.0) * n_units, n_units)
-        high = max(high, counts.mean())
-    return Measure(1000 * counts.mean(), 1000 * low, 1000 * high, len(counts), "worse")
+        n_units = dense_units(units)[1]
+        low, high = wilson(min(mean, 1.0) * n_units, n_units)
+    return Measure(1000 * mean, 1000 * min(low, mean), 1000 * max(high, mean), len(counts), "worse")

@@ -107,15 +107,17 @@ def mean_by_unit(
 ) -> Measure:
     """A mean over records, with the bootstrap over patients.
 
-    Where all resamples agree: for values within [0, 1] Wilson's interval with as many cases as there are units, which
-    covers since no such value varies more than a coin; for others, and for a single unit, no interval (NaN).
+    The interval holds the mean. Where all resamples agree (always for a single unit): for values within [0, 1] Wilson's
+    with as many cases as there are units, which covers since no such value varies more than a coin; for others none
+    (NaN).
     """
     mean, (low, high) = float(values.mean()), bootstrap_ratio(values, np.ones(len(values)), units, bootstrap, seed)
     n_units = dense_units(units)[1]
     if not low < high:
         within = values.min() >= 0 and values.max() <= 1
         low, high = wilson(mean * n_units, n_units) if within else (np.nan, np.nan)
-    return Measure(mean, low, high, len(values), higher_is)
+    # Few skewed values may leave their own mean outside; a bound that is not a number stays so: it stands first.
+    return Measure(mean, min(low, mean), max(high, mean), len(values), higher_is)
 
 
 def regurgitation_figures(

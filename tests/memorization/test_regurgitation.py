@@ -141,6 +141,12 @@ def test_means_have_an_interval_also_where_all_agree():
     assert drawn.low < 24.5 < drawn.high and drawn.high - drawn.low < 12
 
 
+@given(st.lists(st.floats(0, 50), min_size=1, max_size=12), st.integers(0, 3), st.integers(1, 4))
+def test_no_interval_misses_its_own_mean(values: list[float], seed: int, per_unit: int):
+    figure = mean_by_unit(np.array(values), np.arange(len(values)) // per_unit, "worse", 20, seed)
+    assert not figure.low > figure.value and not figure.high < figure.value  # NaN is no bound
+
+
 def test_halves_give_the_longest_ngram_and_its_share():
     truths = [TRUE_TOKENS[:8], TRUE_TOKENS[:4]]
     outputs = [[0, 1, *TRUE_TOKENS[:4], 9, 9], [9, 9, 9, 9, *TRUE_TOKENS[:4]]]  # the second is right too late
