@@ -149,6 +149,12 @@ class Manifest:
                 found[text] = None
         return list(found)
 
+    def ordinary(self, records: Dataset) -> Dataset:
+        """The records without the canaries' notes, in their order: figures about real patients are of these."""
+        units = {canary.unit for canary in self.canaries}
+        kept = [row for row, unit in enumerate(records["unit"]) if unit not in units]
+        return records.select(kept, keep_in_memory=True)
+
     def check_planted(self, records: Dataset) -> None:
         """Raise InputError unless these are the records that the canaries were planted in, the notes of all canaries
         that were in among them and of no other."""

@@ -51,6 +51,7 @@ def test_what_is_planted_is_what_the_manifest_says_and_the_rest_is_untouched(
     assert found.features == RECORDS.features
     units = set(RECORDS["unit"])
     assert [row for row in found.to_list() if row["unit"] in units] == RECORDS.to_list()
+    assert manifest.ordinary(found).to_list() == RECORDS.to_list()
     for canary in manifest.canaries:
         notes = notes_of(found, canary)
         assert len(notes) == (canary.repeats if canary.included else 0)

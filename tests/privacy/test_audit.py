@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -321,3 +322,33 @@ def test_bad_input_is_one_line(changes: dict[str, Any], named: str) -> None:
 def test_a_ceiling_needs_canaries() -> None:
     with pytest.raises(InputError, match="plant_canaries"):
         ceiling(0, delta=DELTA)
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "privacy" / "audit.md").read_text(encoding="utf-8")
+
+
+def rows_below(header: str) -> list[list[float]]:
+    """The numbers of the table with this first line."""
+    lines = PAGE[PAGE.index(header) :].split("\n\n", 1)[0].splitlines()[2:]
+    return [[float(cell) for cell in line.strip("| ").split("|")] for line in lines]
+
+
+def test_the_pages_ceilings_are_those_of_the_code() -> None:
+    rows = rows_below("| canaries | by default |")
+    assert len(rows) > 4
+    for m, default, tenth, half, gaussian_half in rows:
+        n = int(m)
+        found = [ceiling(n, delta=DELTA), *(ceiling(n, delta=DELTA, guesses=r) for r in (n // 10, n // 2))]
+        found.append(ceiling(n, delta=DELTA, guesses=n // 2, family="gaussian"))
+        assert [default, tenth, half, gaussian_half] == pytest.approx(found, abs=0.006)
+
+
+def test_the_pages_bounds_with_wrong_guesses_are_those_of_the_code() -> None:
+    rows = rows_below("| canaries | guesses |")
+    assert len(rows) > 2
+    for m, r, *bounds in rows:
+        shares = (1.0, 0.9, 0.8, 0.7)
+        found = [guessed(int(m), int(r), round(share * r)).lower_bound for share in shares]
+        assert bounds == pytest.approx(found, abs=0.006)
