@@ -59,7 +59,7 @@ _MIN_UNITS = 2  # a word in the notes of one patient only may be that patient's 
 _N_FIRST_NAMES, _N_LAST_NAMES = 120, 250
 _FIRST_BIRTH, _BIRTH_DAYS = date(1930, 1, 1), 365 * 80
 _MRN_DIGITS = 8
-_WORD = re.compile(r"[^\W\d_]{3,}")
+_WORD = re.compile(r"(?<!\w)[^\W\d_]{3,}(?!\w)")
 _COLUMNS = ("text", "label", "unit", "record_id", "identifiers")
 _TRIALS = 1000
 
@@ -152,7 +152,7 @@ class Manifest:
     def ordinary(self, records: Dataset) -> Dataset:
         """The records without the canaries' notes, in their order: figures about real patients are of these."""
         units = {canary.unit for canary in self.canaries}
-        kept = [row for row, unit in enumerate(records["unit"]) if unit not in units]
+        kept = [row for row, unit in enumerate(records["unit"][:]) if unit not in units]
         return records.select(kept, keep_in_memory=True)
 
     def check_planted(self, records: Dataset) -> None:
@@ -235,7 +235,7 @@ def plant_canaries(
     corpus = _Corpus(records)
     pools = {d: tuple(p) for d in designs if (p := corpus.pool(d, texts)) is not None}
     coins = _generator(seed, "coins")
-    labels = list(records["label"]) if "label" in records.column_names else [None]
+    labels = records["label"][:] if "label" in records.column_names else [None]
     canaries = tuple(_canaries(n, designs, repeats, pools, labels, corpus, texts, coins))
     planted = _with_notes(records, [c for c in canaries if c.included], texts)
     manifest = Manifest(
@@ -257,11 +257,12 @@ class _Corpus:
     """What the designs need to know of the records: common words, pairs that occur, names and numbers in use."""
 
     def __init__(self, records: Dataset) -> None:
-        self.units = set(records["unit"])
-        self.texts = set(map(normalised_text, records["text"]))
-        self._records = records
+        # Whole columns at once: row by row, as a column is iterated, takes most of the time.
+        units, self._texts, self._spans = (records[name][:] for name in ("unit", "text", "identifiers"))
+        self.units = set(units)
+        self.texts = set(map(normalised_text, self._texts))
         of_unit: dict[str, set[str]] = {}
-        for unit, words in zip(records["unit"], self._lines(), strict=True):
+        for unit, words in zip(units, self._lines(), strict=True):
             of_unit.setdefault(unit, set()).update(words)
         counts = Counter(word for words in of_unit.values() for word in words)
         shared = [word for word, count in counts.items() if count >= _MIN_UNITS]
@@ -269,7 +270,7 @@ class _Corpus:
 
     def _lines(self) -> Iterator[list[str]]:
         """The words of each note; cut anew in each pass, since kept they would take far more room than the notes."""
-        return map(_words, self._records["text"], self._records["identifiers"])
+        return map(_words, self._texts, self._spans)
 
     def pool(self, design: Design, rng: random.Random) -> list[str] | None:
         """What secrets of this design are drawn from; None for made-up identifiers."""
@@ -295,7 +296,7 @@ class _Corpus:
         """Names and record numbers that a made-up identifier must not be: of all such in the records."""
         first, last = (set(map(str.casefold, names)) for names in _names())
         found: set[str] = set()
-        for text in self._records["text"]:
+        for text in self._texts:
             words = re.findall(r"[^\W_]+", text)
             found.update(word for word in words if len(word) == _MRN_DIGITS and word.isdigit())
             folded = [word.casefold() for word in words]
@@ -305,11 +306,9 @@ class _Corpus:
 
 def _words(text: str, spans: Sequence[Mapping[str, Any]]) -> list[str]:
     """Words of three letters and more, casefolded, in reading order; those that touch an identifier left out."""
-    return [
-        match.group().casefold()
-        for match in _WORD.finditer(text)
-        if not any(match.start() < span["end"] and match.end() > span["start"] for span in spans)
-    ]
+    for span in spans:  # a digit makes no word, nor does what touches one
+        text = f"{text[: span['start']]}{'0' * (span['end'] - span['start'])}{text[span['end'] :]}"
+    return _WORD.findall(text.casefold())
 
 
 # --- Canaries ---------------------------------------------------------------------------------------------------------
@@ -420,7 +419,7 @@ def _with_notes(records: Dataset, canaries: Sequence[Canary], rng: random.Random
     at = dict(zip(sorted(rng.sample(range(total), len(notes))), rng.sample(notes, len(notes)), strict=True))
     columns: dict[str, list[Any]] = {}
     for name in records.column_names:
-        old = iter(records[name])
+        old = iter(records[name][:])
         columns[name] = [at[row][name] if row in at else next(old) for row in range(total)]
     return Dataset.from_dict(columns, features=records.features)
 
