@@ -83,6 +83,14 @@ def _pairs(text: str) -> dict[str, str]:
     return {name.strip(): kind.strip() for name, _, kind in found}
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [_at_least_one(word) for word in _words(text)]
+
+
 def _output(parser: argparse.ArgumentParser, *, resume: bool) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="folder to write; new or empty")
     if resume:
@@ -170,7 +178,9 @@ def add_tag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plant(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="training records: csv, jsonl, parquet, or a saved datasets folder")
+    parser.add_argument(
+        "data", metavar="DATA", help="training records: csv, jsonl, parquet, or a saved folder"
+    )
     _output(parser, resume=False)
     parser.add_argument("--n", type=_at_least_one, required=True, help="canary patients; about half will be planted")
     parser.add_argument("--designs", type=_words, metavar="D,...", help="random_tokens, identifiers, rare_bigrams")

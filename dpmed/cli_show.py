@@ -108,9 +108,7 @@ def identifiers(result: Result) -> None:
             direct = f"direct ({about['safe_harbor'] or '?'})" if about["direct"] else "quasi"
             cells = [str(stratum["values"]) for stratum in strata.values()]
             rows.append((source, kind, direct, str(result["identifiers"][source][kind]), *cells))
-    _table(
-        ("source", "type", "Safe Harbor", "spans", *(f"values, {name} patients" for name in _strata(result))), rows
-    )
+    _table(("source", "type", "Safe Harbor", "spans", *(f"values, {name} patients" for name in _strata(result))), rows)
     if table := result.get("table"):
         print(
             f"patient table: {table['n_values_found']} of {table['n_values']} values found in their patient's records"
@@ -124,6 +122,21 @@ def identifiers(result: Result) -> None:
     _pattern_check(result["check"])
     unit = "--data.unit unit " if result["unit"] else ""
     print(f"tagged records: {Path(result['output_dir']) / 'records.parquet'} ({unit}--data.identifiers identifiers)")
+
+
+def planted(result: Result) -> None:
+    """How many canaries were planted, what they can show, and how the records are read."""
+    print(f"{result['n_records']} records of {result['n_units']} patients; {result['n_canaries']} canaries")
+    print(f"notes of canaries whose coin said in: {result['n_canary_records']}")
+    print(
+        f"an audit can show an epsilon of at most {_number(result['audit_ceiling'])} (delta {_number(result['delta'])})"
+    )
+    print("more canaries, or a smaller privacy.delta, can show more")
+    if result["seed"] is not None:
+        print("the seed tells the coins: an audit with it is repeatable, and no secret to whoever knows it")
+    columns = "--data.text text --data.unit unit --data.record_id record_id --data.identifiers identifiers"
+    print(f"train on {result['records']} ({columns})")
+    print(f"evaluate with --canaries {result['manifest']}; it is as private as the records")
 
 
 def _strata(result: Result) -> list[str]:

@@ -25,6 +25,10 @@ class PrivacyError(DpmedError):
     exit_code = 1
 
 
+class RefutedError(PrivacyError):
+    """An audit shows more than a certificate claims: nothing that rests on the same code can be trusted."""
+
+
 class BudgetError(DpmedError):
     """A gate or a budget said no."""
 

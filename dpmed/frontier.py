@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpmed.environment import versions
-from dpmed.errors import DpmedError, fault_line
+from dpmed.errors import DpmedError, RefutedError, fault_line
 from dpmed.progress import progress
 from dpmed.recipe import Recipe
 from dpmed.recipe_io import check_recipe, dump_recipe, merge
@@ -155,13 +155,14 @@ def _run_all(todo: Sequence[Job], output_dir: Path, *, jobs: int) -> list[dict[s
     context.set_forkserver_preload(["dpmed.pipeline"])
     waiting, running, failed, done = list(todo), {}, [], set()
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    n_private = max(1, sum(job.method == "dp_lora" for job in todo))  # audited together
     with progress("frontier", len(todo)) as bar:
         while waiting or running:
             for job in [job for job in waiting if job.after is None or job.after in done]:
                 if len(running) == jobs:
                     break
                 waiting.remove(job)
-                process = context.Process(target=_work, args=(job, output_dir, threads), daemon=True)
+                process = context.Process(target=_work, args=(job, output_dir, threads, n_private), daemon=True)
                 process.start()
                 running[process.sentinel] = (job, process)
             for job, process in _ended(running):
@@ -169,10 +170,12 @@ def _run_all(todo: Sequence[Job], output_dir: Path, *, jobs: int) -> list[dict[s
                 if process.exitcode == 0 and is_finished(output_dir / "runs" / job.name):
                     done.add(job.name)
                     continue
-                failed.append({"name": job.name, "reason": _reason(output_dir, job, process.exitcode)})
-                for orphan in [other for other in waiting if other.after == job.name]:
-                    waiting.remove(orphan)
-                    failed.append({"name": orphan.name, "reason": f"{job.name} failed, from which it starts"})
+                reason, stops = _reason(output_dir, job, process.exitcode)
+                failed.append({"name": job.name, "reason": reason})
+                for other in [other for other in waiting if stops or other.after == job.name]:
+                    waiting.remove(other)
+                    why = "was refuted by its canaries, so no other run" if stops else "failed, from which it"
+                    failed.append({"name": other.name, "reason": f"{job.name} {why} starts"})
     return failed
 
 
@@ -184,7 +187,7 @@ def _ended(running: dict[int, tuple[Job, BaseProcess]]) -> list[tuple[Job, BaseP
     return ended
 
 
-def _work(job: Job, output_dir: Path, threads: int) -> None:
+def _work(job: Job, output_dir: Path, threads: int, n_private: int) -> None:
     """Body of one process: output to a private log, then the run. A finished run returns at once."""
     import torch
 
@@ -202,10 +205,10 @@ def _work(job: Job, output_dir: Path, threads: int) -> None:
         if job.method == "base":
             pipeline.evaluate(job.recipe, folder, method="base", **shared)
         else:
-            pipeline.train(job.recipe, folder, method_name=job.method, **shared)
+            pipeline.train(job.recipe, folder, method_name=job.method, audited_together=n_private, **shared)
     except Exception as error:  # the reason goes to the report; an unknown exception's message may hold record text
         reason = str(error) if isinstance(error, DpmedError) else fault_line(error)
-        write_json(failure, {"reason": reason})
+        write_json(failure, {"reason": reason, "stops": isinstance(error, RefutedError)})
         print(f"error: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -218,11 +221,13 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _reason(output_dir: Path, job: Job, exitcode: int | None) -> str:
+def _reason(output_dir: Path, job: Job, exitcode: int | None) -> tuple[str, bool]:
+    """Why a run failed, and whether that stops the whole grid."""
     failure = output_dir / "logs" / f"{job.name}.failure.json"
     if failure.is_file():
-        return str(read_json(failure)["reason"])
-    return f"the process ended with status {exitcode} (out of memory?); see logs/{job.name}.log"
+        found = read_json(failure)
+        return str(found["reason"]), bool(found["stops"])
+    return f"the process ended with status {exitcode} (out of memory?); see logs/{job.name}.log", False
 
 
 def _assemble(

@@ -3,7 +3,6 @@ this."""
 
 from __future__ import annotations
 
-import gc
 import resource
 import shutil
 import time
@@ -17,8 +16,8 @@ from dpmed.data.records import check_labels, data_fingerprint
 from dpmed.data.tasks import TaskSpec
 from dpmed.environment import device, versions
 from dpmed.errors import InputError
-from dpmed.memorization.evaluator import MemorizationEvaluator
-from dpmed.models import load_model, load_tokenizer, read_task_card, with_thresholds, write_task_card
+from dpmed.evaluation import evaluate_weights, finish_evaluation
+from dpmed.models import load_tokenizer, with_thresholds, write_task_card
 from dpmed.privacy import ranks
 from dpmed.privacy.run_state import STATE_FILE, RunState
 from dpmed.progress import Progress, progress
@@ -38,10 +37,9 @@ from dpmed.splits import Splits, load_splits, split_counts, task_spec
 from dpmed.trainers import DPLoRATrainer, DPLoRATrainingConfig
 from dpmed.trainers.base import DpmedTrainer, MetricsFile, TrainingConfig
 from dpmed.training_setup import check_budget, make_plan, make_trainer, trainer_steps, training_arguments
-from dpmed.utility import utility, validation_thresholds
+from dpmed.utility import validation_thresholds
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from dpmed.privacy.plan import PrivacyPlan
@@ -57,6 +55,7 @@ def train(
     setting: str | None = None,
     base_scores: Path | None = None,
     method_name: str | None = None,
+    audited_together: int = 1,
 ) -> dict[str, Any]:
     """Run one recipe into a run folder; see `dpmed.runs` for when it counts as finished.
 
@@ -68,6 +67,7 @@ def train(
         setting: runs of one setting differ by seed alone.
         base_scores: folder where the base model's scores of these records are shared between runs.
         method_name: the method in reports, where it is a special case of the recipe's (repair_only of sani).
+        audited_together: runs of a grid whose canaries are audited together.
 
     Returns: what stands in run.json.
     Raises: InputError before anything is written, where the input cannot be used.
@@ -94,8 +94,16 @@ def train(
     weights = weights_folder(recipe, output_dir)
     if not weights.exists():
         record = _fit(recipe, args, spec, plan, splits, tokenizer, output_dir, weights, record)
-    evaluation = evaluate_weights(weights, recipe, splits, base_scores=base_scores)
+    evaluation = evaluate_weights(
+        weights,
+        recipe,
+        splits,
+        run_dir=output_dir,
+        base_scores=base_scores,
+        audited_together=audited_together,
+    )
     write_json(output_dir / "evaluation.json", evaluation)
+    finish_evaluation(output_dir, evaluation)
     record |= {"status": "finished"}
     write_json(output_dir / RUN_FILE, record)
     return record
@@ -191,76 +199,6 @@ def _thresholds(
     return found, None if found is None else source
 
 
-def evaluate_weights(
-    weights: str | Path,
-    recipe: Recipe,
-    splits: Splits,
-    *,
-    base_scores: Path | None = None,
-    spec: TaskSpec | None = None,
-) -> dict[str, Any]:
-    """Utility and memorisation of saved weights, reloaded from disk as a user would.
-
-    Args:
-        weights: model or adapter folder, or a Hub id.
-        recipe: names the base model and what to measure.
-        splits: members and non-members.
-        base_scores: see `train`.
-        spec: the task; None reads the task card beside the weights, or takes the recipe's task.
-
-    Returns: what stands in evaluation.json.
-    """
-    spec = spec or read_task_card(weights) or task_spec(recipe, splits.train)
-    revision = recipe.model.revision  # of a Hub id; a folder has none
-    tokenizer = load_tokenizer(weights, revision=revision)
-    model = load_model(weights, spec, revision=revision).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    base_path = recipe.model.base or recipe.model.path
-    base = None
-    if str(base_path) != str(weights) and spec.kind != "classification":  # a base model has no trained head
-        base_revision = None if recipe.model.base else revision
-        base = load_model(base_path, spec, revision=base_revision).eval().to(next(model.parameters()).device)
-    started = time.monotonic()
-    result = _measure(model, base, tokenizer, spec, recipe, splits, base_scores)
-    result["model"] = {"path": str(weights), "base": str(base_path), "method": recipe.method, "task": spec.kind}
-    result.setdefault("settings", {})["seconds"] = time.monotonic() - started
-    del model, base
-    gc.collect()
-    return result
-
-
-def _measure(
-    model: nn.Module,
-    base: nn.Module | None,
-    tokenizer: PreTrainedTokenizerBase,
-    spec: TaskSpec,
-    recipe: Recipe,
-    splits: Splits,
-    base_scores: Path | None,
-) -> dict[str, Any]:
-    if splits.heldout is None:
-        reason = "no held-out records were given (data.heldout)"
-        return {"utility": None, "memorization": None, "not_applicable": {"utility": reason, "memorization": reason}}
-    train_records, heldout, settings = splits.train, splits.heldout, recipe.evaluation
-    with progress("evaluate memorisation", 1) as bar:
-        evaluator = MemorizationEvaluator(
-            model,
-            tokenizer,
-            base_model=base,
-            spec=spec,
-            settings=settings,
-            base_scores=base_scores,
-            progress=bar.update_stage,
-        )
-        result = evaluator.evaluate(train_records, heldout)
-    with progress("evaluate utility", 1) as bar:
-        figures, reasons = utility(
-            model, heldout, tokenizer, spec, settings=settings, train_records=train_records, progress=bar.update
-        )
-    result["utility"] = {**figures, **(result.get("utility") or {})}
-    result.setdefault("not_applicable", {}).update({f"utility.{key}": why for key, why in reasons.items()})
-    return result
-
-
 def evaluate(
     recipe: Recipe,
     output_dir: Path,
@@ -271,6 +209,7 @@ def evaluate(
     name: str | None = None,
     setting: str | None = None,
     method: str | None = None,
+    before: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model that may not be ours: `recipe.model.path` on the recipe's records. Writes a run folder.
 
@@ -283,6 +222,7 @@ def evaluate(
         name: of the run, in reports.
         setting: see `train`.
         method: what made the weights, for reports; by default what the run folder around them says.
+        before: folder of an earlier evaluation of the same records, to measure persistence.
 
     Returns: what stands in evaluation.json.
     """
@@ -294,9 +234,12 @@ def evaluate(
     record = _open_run(output_dir, recipe, splits, resume=resume, name=name, setting=setting)
     record["method"] = method or "unknown"
     spec = task_spec(recipe, splits.train) if task_given else None
-    evaluation = evaluate_weights(recipe.model.path, recipe, splits, base_scores=base_scores, spec=spec)
+    evaluation = evaluate_weights(
+        recipe.model.path, recipe, splits, run_dir=output_dir, base_scores=base_scores, spec=spec, before=before
+    )
     evaluation["model"]["method"] = record["method"]
     write_json(output_dir / "evaluation.json", evaluation)
+    finish_evaluation(output_dir, evaluation)
     write_json(output_dir / RUN_FILE, record | {"status": "finished", "peak_memory_bytes": peak_memory_bytes()})
     return evaluation
 

@@ -44,6 +44,8 @@ class DataSection:
     """Column that names a record; row numbers without it."""
     identifiers: str | None = None
     """Column with known identifier spans: a list of {start, end, type}."""
+    canaries: str | None = None
+    """Manifest of the canaries that were planted in train; they are left out of all rates but their own."""
     max_length: int = 256
     """Tokens per window. A longer text is cut into windows that stay with their patient."""
     prompt: str = "\nLabel:"
@@ -175,6 +177,26 @@ class EvaluationSection:
     """Resamples of patients behind each interval."""
     k: int | None = None
     """When set, words of fewer than k patients are scored as indirect identifiers too."""
+    span_tokens: int = 30
+    """causal_lm: a run of so many tokens that are all the model's first choice is a memorised span."""
+    span_patients: int = 3
+    """causal_lm: a memorised span is uninformative if it stands in the records of so many other patients."""
+    reference_text: str | None = None
+    """causal_lm: text file of public medicine (guidelines), a blank line between texts; to know it is beneficial."""
+    canary_candidates: int = 100
+    """Other secrets that each canary is ranked among."""
+    choices: str | None = None
+    """causal_lm: multiple-choice items (question, options, answer) that the model is asked."""
+    generate_tokens: int = 0
+    """causal_lm: budget of prompt and new tokens for figures that need generated text; 0 generates nothing."""
+    prompt_tokens: list[int] = field(default_factory=lambda: [50, 100, 500])
+    """Regurgitation: first tokens of a record that are its prompt."""
+    ngrams: list[int] = field(default_factory=lambda: [30, 50])
+    """Regurgitation: run of true tokens that counts."""
+    new_tokens: int = 500
+    """Regurgitation: tokens written, and compared with as many true ones."""
+    temperatures: list[float] = field(default_factory=lambda: [0.1, 0.5, 1.0])
+    """Prefix halves: temperatures at which the second half of a record is written."""
 
 
 @dataclass

@@ -141,7 +141,7 @@ def tag_folder(
         "check": None if check is None else pattern_figures(check, pattern_finder(checked)),
     }
     claim_output_dir(folder, resume=False)
-    _write_records(folder / RECORDS_FILE, tagged if unit else tagged.remove_columns("unit"))
+    write_records(folder / RECORDS_FILE, tagged if unit else tagged.remove_columns("unit"))
     write_json(folder / COUNTS_FILE, result)
     return result
 
@@ -223,7 +223,7 @@ def _overlaps(together: Sequence[Sequence[Span]]) -> dict[str, dict[str, int]]:
     return {source: dict(result[source]) for source in SPAN_SOURCES if source in result}
 
 
-def _write_records(path: Path, records: Dataset) -> None:
+def write_records(path: Path, records: Dataset) -> None:
     """Write parquet in one step, mode 0600."""
     import polars
 

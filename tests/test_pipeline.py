@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_runs import LABELS, N_HELDOUT, N_TRAIN, RECORDS_PER_UNIT, World, figures, files, make_world, write_rows
 
 import tiny_models
-from dpmed import pipeline
+from dpmed import evaluation, pipeline, training_setup
 from dpmed.errors import BudgetError, InputError
 from dpmed.models import read_task_card
 from dpmed.recipe import Recipe
@@ -64,6 +64,7 @@ def weights_of(name: str) -> str:
 def test_a_run_folder_holds_what_the_contract_names(name: str, world: World, finished: Callable[[str], Path]) -> None:
     folder = finished(name)
     expected = {"recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json", weights_of(name)}
+    expected |= {"memorized.safetensors"}  # flags and positions, for `evaluate --before`
     expected |= {"privacy.json", "privacy_run.json", "charges.sqlite"} if name == "dp_lora" else set()
     assert {path.name for path in folder.iterdir()} == expected
     run = json.loads((folder / "run.json").read_text())
@@ -193,7 +194,8 @@ def forbidden(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load_model", forbidden)
+    for module in (evaluation, training_setup):
+        monkeypatch.setattr(module, "load_model", forbidden)
     monkeypatch.setattr(pipeline, "load_tokenizer", forbidden)
 
 
@@ -347,7 +349,7 @@ def test_the_task_is_the_card_s_unless_given(
         prompts.append(spec.prompt)
         return {}
 
-    monkeypatch.setattr(pipeline, "_measure", measure)
+    monkeypatch.setattr(evaluation, "_measure", measure)
     recipe = world.recipe(model={"path": str(finished("lora") / "adapter")}, data={"prompt": "\nOther:"})
     pipeline.evaluate(recipe, tmp_path / "e", task_given=given)
     assert prompts == ["\nOther:" if given else "\nLabel:"]
@@ -360,9 +362,9 @@ def test_the_revision_of_a_hub_model_is_the_one_that_is_measured(world: World, m
         asked.append((str(path), revision))
         return tiny_models.make_model("llama")
 
-    monkeypatch.setattr(pipeline, "load_model", load)
-    monkeypatch.setattr(pipeline, "load_tokenizer", lambda path, *, revision: load(path, revision=revision))
-    monkeypatch.setattr(pipeline, "_measure", lambda *_: {})
+    monkeypatch.setattr(evaluation, "load_model", load)
+    monkeypatch.setattr(evaluation, "load_tokenizer", lambda path, *, revision: load(path, revision=revision))
+    monkeypatch.setattr(evaluation, "_measure", lambda *_: {})
     recipe = world.recipe(model={"path": "owner/name", "base": "owner/base", "revision": "abc"})
     splits = pipeline.load_splits(recipe.data, require_unit=False)
     pipeline.evaluate_weights("owner/name", recipe, splits)

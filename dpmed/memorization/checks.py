@@ -43,9 +43,11 @@ def check_settings(settings: EvaluationSection) -> None:
         raise InputError(f"evaluation.min_k is {settings.min_k}; give a share above 0 and at most 1")
     if not 0 < settings.temperature < float("inf"):
         raise InputError(f"evaluation.temperature is {settings.temperature}; give a number above 0")
-    for name in ("batch_tokens", "bootstrap"):
+    for name in ("batch_tokens", "bootstrap", "span_tokens", "span_patients", "canary_candidates"):
         if getattr(settings, name) < 1:
             raise InputError(f"evaluation.{name} is {getattr(settings, name)}; give a number of at least 1")
+    if settings.generate_tokens < 0:
+        raise InputError(f"evaluation.generate_tokens is {settings.generate_tokens}; give a budget, or 0 for none")
     for name in ("max_records", "top_k"):
         number = getattr(settings, name)
         if number is not None and number < 1:

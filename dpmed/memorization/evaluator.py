@@ -16,19 +16,31 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
+from dpmed.data.canaries import Manifest
 from dpmed.data.identifiers import tag_identifiers
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.memorization.battery import (
     CLASSIFIER_BASE,
     CLASSIFIER_TEXT,
+    MASKED_CONTINUES,
     NO_BASE,
     SEED,
     Battery,
     Side,
     classifier_nothing,
 )
+from dpmed.memorization.canary_figures import Claim, canary_figures, members_without_canaries, no_canaries, no_claim
 from dpmed.memorization.checks import check_model, check_records, check_settings, check_tokens, warnings_of
+from dpmed.memorization.further import (
+    choices_of,
+    generated_of,
+    kinds_of,
+    not_generated,
+    persistence_of,
+    read_reference,
+)
 from dpmed.memorization.intervals import NotApplicable, dense_units, figures_json
+from dpmed.memorization.persistence import MEMORIZED_FILE, MemorizedSet
 from dpmed.memorization.scoring import Progress, kept_scores, score_classification, score_records
 from dpmed.memorization.statistics import TokenScores, record_units
 from dpmed.memorization.vocabulary import Sampling
@@ -52,9 +64,13 @@ class MemorizationEvaluator:
         settings: lengths, rates, resamples (`recipe.EvaluationSection`).
         base_scores: private folder in which the base model's statistics are kept, so that all runs of a grid share one
             pass of it. Used again only for the same weights, token ids, task and sampling.
-        scores_dir: private folder in which the model's own statistics are kept, so that an evaluation that was killed
-            goes on where it stopped (language models). Delete it when the figures are written.
+        scores_dir: private folder in which the model's own statistics and generated text are kept, so that an
+            evaluation that was killed goes on where it stopped (language models). Delete it when the figures are
+            written: generated text may hold patients' data.
         progress: called with (stage, windows done, windows in all).
+
+    Attributes:
+        memorized: after `evaluate` of a causal model: what it has memorised, for a later evaluation to compare with.
     """
 
     def __init__(
@@ -80,33 +96,51 @@ class MemorizationEvaluator:
         check_settings(self.settings)
         check_model(model, tokenizer, self.spec, self.settings)
         self.battery = Battery(self.spec, self.settings)
+        self.memorized: MemorizedSet | None = None
+        self._before: MemorizedSet | None = None
 
-    def evaluate(self, train: Dataset, heldout: Dataset, canaries: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        train: Dataset,
+        heldout: Dataset,
+        canaries: Manifest | None = None,
+        *,
+        claim: Claim | None = None,
+        before: Path | None = None,
+    ) -> dict[str, Any]:
         """Measure memorisation of `train`, with `heldout` as what was never seen.
 
         Args:
             train: records (see `load_records`) that the model was trained on.
             heldout: records of other patients.
-            canaries: manifest of planted canaries; their exposure is not measured yet, and the result says so.
+            canaries: manifest of the canaries planted in `train`. They give exposure and a lower bound on epsilon, and
+                are left out of all other figures.
+            claim: what the run's certificate says; the audit stands beside it.
+            before: folder of an earlier evaluation of the same records, of the model that this one was trained on from
+                (causal_lm): what was memorised then and still is.
 
         Returns: {"utility", "memorization", "reference", "not_applicable", "counts", "settings", "warnings"}: plain
         JSON without text.
         Raises: InputError if a side is empty, a text is on both sides, the tokenizer or the context does not fit the
-            model, or the model's output is not finite.
+            model, the canaries or the earlier evaluation are of other records, or the model's output is not finite.
         """
         check_records(train, heldout)
+        everyone, n_planted = train, 0
+        if canaries is not None:
+            train, n_planted = members_without_canaries(everyone, canaries)
+        self._before = None if before is None else MemorizedSet.load(before / MEMORIZED_FILE)
         members, others = self._side("train", train), self._side("heldout", heldout)
         tree, counts = (
             self._classifier(members, others)
             if self.spec.kind == "classification"
-            else self._language_model(members, others)
+            else self._language_model(members, others, (train, heldout))
         )
-        tree["memorization"] |= {
-            "canary_exposure": NotApplicable("no canaries were planted")
-            if canaries is None
-            else NotApplicable("exposure of canaries is not measured by this version"),
-            "identifier_leak_rate": NotApplicable("needs generated text, which this version does not make"),
-        }
+        if canaries is None:
+            tree["memorization"] |= no_canaries()
+        else:
+            counts["train"]["n_canary_records_left_out"] = n_planted
+            claim = claim or no_claim(len(set(everyone["unit"])))
+            tree["memorization"] |= self._canaries(canaries, claim)
         result, reasons = figures_json(tree)
         return {
             **result,
@@ -142,10 +176,13 @@ class MemorizationEvaluator:
             for side in (members, others)
         }
         logits, losses = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
+        nothing = not_generated(CLASSIFIER_TEXT)["memorization"]
+        nothing |= dict.fromkeys(("kinds", "persistence"), NotApplicable(CLASSIFIER_TEXT))
         tree = {
             "utility": {"perplexity": NotApplicable(CLASSIFIER_TEXT)},
             "memorization": {
                 **classifier_nothing(),
+                **nothing,
                 "train_perplexity": NotApplicable(CLASSIFIER_TEXT),
                 **self.battery.classifier_membership(members, others, logits, losses),
             },
@@ -153,7 +190,9 @@ class MemorizationEvaluator:
         }
         return tree, {"train": members.counts(), "heldout": others.counts()}
 
-    def _language_model(self, members: Side, others: Side) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _language_model(
+        self, members: Side, others: Side, records: tuple[Dataset, Dataset]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         battery, sides = self.battery, (members, others)
         scores = {side.name: self._scores(self.model, side, side.name, self.scores_dir) for side in sides}
         base = None
@@ -163,7 +202,7 @@ class MemorizationEvaluator:
         heldout, heldout_counts = battery.generative(others, scores["heldout"])
         memorization["train_perplexity"] = battery.perplexity(members, scores["train"])
         memorization |= battery.membership(members, others, scores, base)
-        tree = {
+        tree: dict[str, Any] = {
             "utility": {"perplexity": battery.perplexity(others, scores["heldout"])},
             "memorization": memorization,
             "reference": {
@@ -171,7 +210,65 @@ class MemorizationEvaluator:
                 "heldout": heldout,
             },
         }
-        return tree, {"train": members.counts() | counts, "heldout": others.counts() | heldout_counts}
+        all_counts = {"train": members.counts() | counts, "heldout": others.counts() | heldout_counts}
+        if self.spec.kind == "causal_lm":
+            self._continued(tree, all_counts, sides, records, scores, base)
+        else:
+            memorization |= {"kinds": NotApplicable(MASKED_CONTINUES), "persistence": NotApplicable(MASKED_CONTINUES)}
+            memorization |= not_generated(MASKED_CONTINUES)["memorization"]
+        return tree, all_counts
+
+    def _continued(
+        self,
+        tree: dict[str, Any],
+        counts: dict[str, Any],
+        sides: tuple[Side, Side],
+        records: tuple[Dataset, Dataset],
+        scores: Mapping[str, TokenScores],
+        base: Mapping[str, TokenScores] | None,
+    ) -> None:
+        """Add to the tree what a model that continues a text shows besides: kinds, persistence, generated text."""
+        settings, places = self.settings, {"train": tree["memorization"], "heldout": tree["reference"]["heldout"]}
+        reference = read_reference(settings, self.tokenizer)
+        for side in sides:
+            before = None if base is None else base[side.name]
+            figures, found, kept = kinds_of(side, scores[side.name], before, reference, settings)
+            places[side.name]["kinds"], counts[side.name]["kinds"] = figures, found
+            if side.name == "train":
+                self.memorized = kept
+                tree["memorization"]["persistence"] = persistence_of(self._before, kept, settings)
+        choices, counts["choices"] = choices_of(
+            self.model, self.base_model, self.tokenizer, settings, self._reporter("multiple choice")
+        )
+        tree["utility"]["multiple_choice"] = choices
+        of_base = tree["reference"]["base_model"]
+        models = [(self.model, places["train"], places["heldout"], "generated")]
+        if self.base_model is not None and isinstance(of_base, dict):
+            models.append((self.base_model, of_base["memorization"], of_base["heldout"], "generated_base"))
+        for model, members, others, name in models:
+            figures, counts[name] = generated_of(
+                model,
+                self.tokenizer,
+                *records,
+                settings,
+                folder=self.scores_dir,
+                progress=self.progress,
+            )
+            members |= figures["memorization"]
+            others |= figures["heldout"]
+
+    def _canaries(self, manifest: Manifest, claim: Claim) -> dict[str, Any]:
+        return canary_figures(
+            self.model,
+            manifest,
+            self.spec,
+            self.tokenizer,
+            claim=claim,
+            batch_tokens=self.settings.batch_tokens,
+            bootstrap=self.settings.bootstrap,
+            candidates=self.settings.canary_candidates,
+            progress=self._reporter("canaries"),
+        )
 
     def _base_figures(self, members: Side, others: Side, base: Mapping[str, TokenScores]) -> dict[str, Any]:
         battery = self.battery

@@ -35,7 +35,8 @@ KINDS = ("harmful", "uninformative", "beneficial", "content")
 HARMFUL, UNINFORMATIVE, BENEFICIAL, CONTENT = range(4)
 BETTER: dict[str, HigherIs] = {"beneficial": "better"}
 """Kinds of which more is better; of all others less is."""
-NO_REFERENCE = "no reference text was named"
+NO_REFERENCE = "no reference text was named (evaluation.reference_text)"
+NO_BASE = "no base model was asked what it yields"
 _TOKENS_AT_ONCE = 2**18
 
 
@@ -90,6 +91,8 @@ class SpanKinds:
     """All of its tokens are the base model's first choice too, bool [s]; False without a base model."""
     n_identifier_tokens: np.ndarray
     """How many of its tokens belong to an identifier or canary, int64 [s]."""
+    n_repeated_tokens: np.ndarray
+    """How many of its tokens stand in an n-gram of at least k other patients, int64 [s]."""
 
 
 def memorized_spans(scores: TokenScores, encoded: EncodedRecords, *, min_tokens: int = 30) -> MemorizedSpans:
@@ -156,7 +159,8 @@ def span_kinds(
     def all_windows(found: np.ndarray) -> np.ndarray:
         return np.logical_and.reduceat(found, first) if len(first) else np.zeros(0, dtype=bool)
 
-    repeated = all_windows(units_with_ngram(corpus, at, n, corpus, at_most=k + 1) > k)  # its own patient is one of them
+    common = units_with_ngram(corpus, at, n, corpus, at_most=k + 1) > k  # its own patient is one of them
+    repeated = all_windows(common)
     known = np.zeros(len(first), dtype=bool)
     if base is not None:
         known = _count(np.asarray(base.is_argmax, dtype=bool), spans) == spans.lengths
@@ -167,7 +171,10 @@ def span_kinds(
     kind = np.select(
         [n_identifier_tokens > 0, repeated | known, cited], [HARMFUL, UNINFORMATIVE, BENEFICIAL], CONTENT
     ).astype(np.int8)
-    return SpanKinds(kind, repeated, known, n_identifier_tokens)
+    covered = np.zeros(len(corpus.tokens) + 1, dtype=np.int64)
+    np.add.at(covered, at[common], 1)
+    np.add.at(covered, at[common] + n, -1)
+    return SpanKinds(kind, repeated, known, n_identifier_tokens, _count(np.cumsum(covered[:-1]) > 0, spans))
 
 
 def kind_figures(
@@ -193,7 +200,8 @@ def kind_figures(
         bootstrap: resamples of units.
         seed: of the resamples.
 
-    Returns: figures {"all" | kind: {"token_share", "record_rate", "n_spans", "n_tokens", "longest_run"}} and counts.
+    Returns: figures {"all" | kind: {"token_share", "record_rate", "n_spans", "n_tokens", "longest_run",
+    "n_repeated_tokens"}} and counts.
     `token_share` is of all scored tokens (n counts these), `record_rate` the share of records with at least one such
     span among those that have a window of n scored tokens.
     """
@@ -217,6 +225,7 @@ def kind_figures(
             "n_spans": len(lengths),
             "n_tokens": int(lengths.sum()),
             "longest_run": int(lengths.max(initial=0)),
+            "n_repeated_tokens": int(kinds.n_repeated_tokens[chosen].sum()),
         }
 
     figures: dict[str, Any] = {"all": volume("all", np.ones(len(spans.start), dtype=bool))}
@@ -229,7 +238,7 @@ def kind_figures(
     dull = kinds.kind == UNINFORMATIVE
     figures["uninformative"] |= {
         "n_spans_repeated": int((dull & kinds.repeated).sum()),
-        "n_spans_known_to_base": int((dull & kinds.known_to_base).sum()) if has_base else None,
+        "n_spans_known_to_base": int((dull & kinds.known_to_base).sum()) if has_base else NotApplicable(NO_BASE),
     }
     counts = {
         "min_tokens": spans.min_tokens,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from dpmed.data.canaries import plant_canaries
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
+from dpmed.memorization.canary_figures import Claim
 from dpmed.memorization.evaluator import EvaluationSettings, MemorizationEvaluator, units_sample
+from dpmed.memorization.persistence import MEMORIZED_FILE
 from dpmed.memorization.scoring import pad
 
 WORDS = ("heart", "lungs", "fever", "cough", "normal", "clear", "acute", "pain", "blood", "mild", "old", "new", "left")
 SPEC = TaskSpec(max_length=60)
 SETTINGS = EvaluationSettings(prefix_tokens=[4, 6], suffix_tokens=[4, 90], fpr=[0.1, 0.001], bootstrap=100)
+FEW_CANDIDATES = replace(SETTINGS, canary_candidates=20)
 SECRET = "Zacharias"
 
 
@@ -223,11 +228,56 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
     assert len(list((tmp_path / "scores").iterdir())) == 2
 
 
-def test_without_canaries_measured_the_result_says_so(memorised, tiny_tokenizer, sides):
-    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
-    result = evaluator.evaluate(*sides, canaries={"planted": []})
-    assert result["memorization"]["canary_exposure"] is None
-    assert "not measured" in result["not_applicable"]["memorization.canary_exposure"]
+def test_canaries_have_figures_of_their_own_and_are_left_out_of_all_others(memorised, tiny_tokenizer, sides):
+    planted, manifest = plant_canaries(sides[0], n=120, designs=["identifiers"], repeats=[1, 3], seed=5)
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=FEW_CANDIDATES)
+    plain, with_canaries = evaluator.evaluate(*sides), evaluator.evaluate(planted, sides[1], manifest)
+    own = {"canary_exposure", "epsilon_lower_bound", "audit"}
+    found, without = with_canaries["memorization"], plain["memorization"]
+    assert {key: found[key] for key in without if key not in own} == {k: v for k, v in without.items() if k not in own}
+    assert {key: without[key] for key in own} == dict.fromkeys(own)
+    n_in = int(manifest.included.sum())
+    assert (value(found, "canary_exposure"), found["canary_exposure"]["n"]) == (found["canary_exposure"]["value"], n_in)
+    assert with_canaries["counts"]["train"]["n_canary_records_left_out"] == len(planted) - len(sides[0]) > 0
+    assert found["audit"]["n_canaries"] == 120 and found["audit"]["contradicts"] is False
+    assert found["epsilon_lower_bound"]["ceiling"] > 0
+    with pytest.raises(InputError, match="not of these records"):
+        evaluator.evaluate(*sides, manifest)
+
+
+def test_a_claim_that_the_canaries_refute_is_marked(tiny_model, tiny_tokenizer, sides):
+    planted, manifest = plant_canaries(sides[0], n=60, designs=["identifiers"], repeats=[1], seed=2)
+    model = trained(tiny_model("llama"), planted, tiny_tokenizer, steps=60)
+    evaluator = MemorizationEvaluator(model, tiny_tokenizer, spec=SPEC, settings=FEW_CANDIDATES)
+    audits = [
+        evaluator.evaluate(planted, sides[1], manifest, claim=Claim(epsilon, 1e-5))["memorization"]["audit"]
+        for epsilon in (0.1, 50.0, None)
+    ]
+    assert [audit["contradicts"] for audit in audits] == [True, False, False]
+    assert audits[0]["lower_bound"] > 0.1
+
+
+def test_kinds_persistence_and_generated_text_stand_on_both_sides(
+    memorised, tiny_model, tiny_tokenizer, sides, tmp_path
+):
+    asked = replace(SETTINGS, span_tokens=4, generate_tokens=80_000, prompt_tokens=[4], ngrams=[3], new_tokens=8)
+    before = MemorizationEvaluator(tiny_model("llama"), tiny_tokenizer, spec=SPEC, settings=replace(asked))
+    before.evaluate(*sides)
+    assert before.memorized is not None
+    before.memorized.save(tmp_path / MEMORIZED_FILE)
+    evaluator = MemorizationEvaluator(
+        memorised, tiny_tokenizer, base_model=tiny_model("llama"), spec=SPEC, settings=asked, scores_dir=tmp_path / "s"
+    )
+    result = evaluator.evaluate(*sides, before=tmp_path)
+    memorization, reference = result["memorization"], result["reference"]
+    assert memorization["kinds"]["harmful"]["n_spans"] > 0 and memorization["persistence"]["tokens"]["n_after"] > 0
+    sections = (memorization, reference["heldout"], reference["base_model"]["memorization"])
+    rates = [value(section, "regurgitation_rate") for section in sections]
+    assert rates[0] > rates[2]
+    assert [value(section, "identifier_leak_rate") >= 0 for section in (memorization, sections[2])] == [True, True]
+    assert result["counts"]["generated"]["generation"]["n_tokens_granted"] <= 80_000
+    nulls = {key for key in every_null(result) if not key.startswith("settings.")}
+    assert nulls <= set(result["not_applicable"])
 
 
 def test_a_masked_model_has_identifiers_and_membership_but_no_continuation(tiny_model, tiny_tokenizer, sides):

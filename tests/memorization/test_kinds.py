@@ -187,6 +187,8 @@ def test_one_rare_ngram_makes_a_whole_span_informative() -> None:
     found = kinds_of([TEMPLATE] * 4 + [longer])
     assert found.kind.tolist() == [UNINFORMATIVE] * 4 + [CONTENT]
     assert found.repeated.tolist() == [True] * 4 + [False]
+    assert found.n_repeated_tokens.tolist() == [10] * 5  # all but the rare one
+    assert kinds_of([TEMPLATE] * 4 + [[*TEMPLATE[:3], 77, *TEMPLATE[3:]]]).n_repeated_tokens[-1] == 7  # 3 are too few
 
 
 def test_ngrams_may_stand_with_different_patients() -> None:
@@ -262,10 +264,9 @@ def test_volume_by_hand() -> None:
     }
     assert sizes == {"all": (4, 32, 10), "harmful": (1, 5, 5), "uninformative": (2, 19, 10), "content": (1, 8, 8)}
     assert figures["harmful"]["n_identifier_tokens"] == 2
-    assert (figures["uninformative"]["n_spans_repeated"], figures["uninformative"]["n_spans_known_to_base"]) == (
-        2,
-        None,
-    )
+    assert [figures[name]["n_repeated_tokens"] for name in ("all", "harmful", "uninformative")] == [19 + 5, 5, 19]
+    assert figures["uninformative"]["n_spans_repeated"] == 2
+    assert isinstance(figures["uninformative"]["n_spans_known_to_base"], NotApplicable)
     assert isinstance(figures["beneficial"], NotApplicable)
     assert counts["n_scored_tokens"] == 63
     assert (counts["n_eligible"], counts["n_too_short"]) == (5, 1)
