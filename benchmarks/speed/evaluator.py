@@ -3,11 +3,11 @@
     python benchmarks/speed/evaluator.py --model SMOLLM2 --data PHEE          # results/evaluator_cpu.json
     python benchmarks/speed/evaluator.py --model SMOLLM2 --data PHEE --records 40 --repetitions 1
 
-Columns: `bare` (the model's forward pass with full logits, in the same batches), `battery` (statistics and all pure
-metrics), `one_by_one` (generate, a record at a time), `batched` (generate, many records at a time). They take turns
-within a repetition; ratios are taken within it, of wall-clock and of CPU seconds: on a machine that others use the
-latter are the steadier. `scale`: the battery on ten times the records, each in its own process; memory is ru_maxrss,
-start-up and model included. No text is written.
+Records have as many tokens as a prefix and a suffix. Columns: `bare` (the model's forward pass with full logits, in the
+battery's batches), `battery` (statistics and all pure metrics), `one_by_one` (generate, a record at a time), `batched`
+(generate, many records at a time). They take turns within a repetition; ratios are taken within it, of wall-clock and of
+CPU seconds: on a machine that others use the latter are the steadier. `scale`: the battery on ten times the records,
+each in its own process; memory is ru_maxrss, start-up and model included. No text is written.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def load_texts(folder: Path) -> list[str]:
 
 
 def joined(texts: Sequence[str], tokenizer: Any, n: int) -> list[str]:
-    """n records of sentences that follow each other, each just long enough for a prefix and a suffix."""
+    """n records of sentences that follow each other, cut behind their token number prefix + suffix."""
     records, parts, size = [], [], 0
     for text in itertools.cycle(texts):
         parts.append(text)
         size += len(tokenizer(" " + text)["input_ids"])
         if size > PREFIX + SUFFIX + 5:
-            records.append(" ".join(parts))
+            whole = " ".join(parts)
+            ends = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            records.append(whole[: ends[PREFIX + SUFFIX - 1][1]])
             parts, size = [], 0
             if len(records) == n:
                 return records

@@ -6,6 +6,7 @@ slices that stay in a core's cache, in buffers used again, with one exponential 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -107,16 +108,22 @@ def _slice_statistics(
     mean = weight.mul_(shifted).sum(dim=1) / total
     square = weight.mul_(shifted).sum(dim=1) / total
     log_total = total.log()
-    higher = (x > true).sum(dim=1)
+    higher = _count(torch.gt, x, true, weight)
     found[0] = (true - top)[:, 0] - log_total
     found[1] = higher
     found[2] = mean - log_total
     found[3] = (square - mean * mean).clamp_min_(0).sqrt_()
     found[4] = _sampled_log_prob(x, groups, true, higher, sampling, weight)
-    first.zero_()
-    leads = (higher == 0).nonzero()[:, 0]
-    if len(leads):  # equal logits are common in bfloat16: only one of them is the first choice
-        first[leads] = x[leads].argmax(dim=1) == target[leads, 0]
+    leads = higher == 0
+    first.copy_(leads)
+    tied = (leads & (_count(torch.eq, x, true, weight) > 1)).nonzero()[:, 0]
+    if len(tied):  # equal logits are common in bfloat16: only one of them is the first choice
+        first[tied] = x[tied].argmax(dim=1) == target[tied, 0]
+
+
+def _count(compare: Callable[..., Tensor], x: Tensor, bound: Tensor, buffer: Tensor) -> Tensor:
+    """For how many entries of each row the comparison holds, float32 [n]: exact, and faster than to add up booleans."""
+    return compare(x, bound, out=buffer).sum(dim=1)
 
 
 def _group_maxima(x: Tensor) -> Tensor:
@@ -153,15 +160,9 @@ def _sampled_log_prob(
     if top_k == x.shape[1]:
         scaled = torch.div(x, sampling.temperature, out=buffer)
         return (true / sampling.temperature)[:, 0] - scaled.logsumexp(dim=1)
-    result = torch.full_like(true[:, 0], -torch.inf)
-    inside = (higher < top_k).nonzero()[:, 0]
-    if len(inside) == 0:
-        return result
-    rows = x if len(inside) == len(x) else x[inside]
-    largest = _largest(rows, groups[inside], top_k)
+    largest = _largest(x, groups, top_k)
     # Entries equal to the k-th stay too, however many there are in the row.
-    ties = ((rows >= largest[:, -1:]).sum(dim=1) - top_k).float()
+    ties = _count(torch.ge, x, largest[:, -1:], buffer) - top_k
     scaled = largest / sampling.temperature
     total = torch.logaddexp(scaled.logsumexp(dim=1), scaled[:, -1] + ties.log())
-    result[inside] = (true[inside] / sampling.temperature)[:, 0] - total
-    return result
+    return torch.where(higher < top_k, (true / sampling.temperature)[:, 0] - total, -torch.inf)

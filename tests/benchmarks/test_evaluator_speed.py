@@ -34,12 +34,12 @@ def inputs(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
     return ["--model", str(tmp_path / "model"), "--data", str(tmp_path), "--batch_tokens", "400", "--generated", "1"]
 
 
-def test_records_are_just_long_enough(script: Any, tiny_tokenizer: Any):
+def test_records_are_as_long_as_prefix_and_suffix(script: Any, tiny_tokenizer: Any):
     records = script.joined(["Fever and cough.", "A rash."], tiny_tokenizer, 5)
     assert len(records) == 5
     for text in records:
         size = len(tiny_tokenizer(text)["input_ids"])
-        assert script.PREFIX + script.SUFFIX < size < script.PREFIX + script.SUFFIX + 30
+        assert abs(size - script.PREFIX - script.SUFFIX) <= 1  # a word that is cut may have other tokens
     with pytest.raises(SystemExit, match="no text"):
         script.joined([], tiny_tokenizer, 1)
 
