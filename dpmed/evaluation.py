@@ -126,7 +126,7 @@ def _claim(run_dir: Path | None, weights: str | Path, splits: Splits, among: int
     for folder in folders:
         if (folder / CERTIFICATE).is_file():
             certificate = read_json(folder / CERTIFICATE)
-            return Claim(certificate["epsilon"], certificate["delta"], among)
+            return Claim(certificate["epsilon"], certificate["delta"], among, certificate["sampling_rate"] == 1)
     return no_claim(len(set(splits.train["unit"])), among)
 
 

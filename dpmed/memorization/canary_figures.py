@@ -38,6 +38,8 @@ class Claim:
     delta: float
     among: int = 1
     """How many runs are audited together; the error is shared among them."""
+    every_unit_in_every_step: bool = False
+    """A sampling rate of 1: the run is Gaussian DP, for which the audit has a tighter bound."""
 
 
 def no_claim(n_units: int, among: int = 1) -> Claim:
@@ -53,11 +55,10 @@ def members_without_canaries(train: Dataset, manifest: Manifest) -> tuple[Datase
     Raises: InputError unless these are the records that the canaries were planted in.
     """
     manifest.check_planted(train)
-    planted = {canary.unit for canary in manifest.canaries}
-    rows = [i for i, unit in enumerate(train["unit"]) if unit not in planted]
-    if not rows:
+    members = manifest.ordinary(train)
+    if len(members) == 0:
         raise InputError("train holds canaries only: plant them in patients' records")
-    return train.select(rows, keep_in_memory=True), len(train) - len(rows)
+    return members, len(train) - len(members)
 
 
 def canary_figures(
@@ -106,7 +107,8 @@ def canary_figures(
     if not np.isfinite(scores).all():
         reason = NotApplicable("a canary has no finite score; the records have no labels")
         return {**figures, "epsilon_lower_bound": reason, "audit": reason}
-    audit = audit_epsilon(scores, manifest.included, delta=claim.delta)
+    family = "gaussian" if claim.every_unit_in_every_step else "approximate"
+    audit = audit_epsilon(scores, manifest.included, delta=claim.delta, family=family)
     figures["epsilon_lower_bound"] = Measure(
         audit.lower_bound, audit.lower_bound, math.nan, audit.n_canaries, "worse", {"ceiling": audit.ceiling}
     )
