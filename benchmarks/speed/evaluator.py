@@ -5,8 +5,8 @@
 
 Records have as many tokens as a prefix and a suffix. Columns: `bare` (the model's forward pass with full logits, in the
 battery's batches), `battery` (statistics and all pure metrics), `one_by_one` (generate, a record at a time), `batched`
-(generate, many records at a time). They take turns within a repetition; ratios are taken within it, of wall-clock and of
-CPU seconds: on a machine that others use the latter are the steadier. `scale`: the battery on ten times the records,
+(generate, many records at a time). They take turns within a repetition; ratios are taken within it, of wall-clock and
+of CPU seconds: on a machine that others use the latter are the steadier. `scale`: the battery on ten times the records,
 each in its own process; memory is ru_maxrss, start-up and model included. No text is written.
 """
 
