@@ -40,11 +40,20 @@ def claim_output_dir(path: Path, *, resume: bool) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step, mode 0600: readers see the old file or the new one, never a part."""
+    """Write a text file as `write_private` does."""
+    write_private(path, text.encode("utf-8"))
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file in one step, mode 0600: readers see the old file or the new one, never a part.
+
+    Its folder is made if needed, mode 0700.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -6,8 +6,7 @@ the sources agree: the share of known identifiers that a pattern finds too is th
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from dpmed.data.identifiers import Span, identifier_counts, resolved_spans, tag_
 from dpmed.data.patterns import pattern_spans
 from dpmed.data.records import SPAN_SOURCES, normalised_text
 from dpmed.errors import InputError
-from dpmed.runs import claim_output_dir, write_json
+from dpmed.runs import claim_output_dir, write_json, write_private
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -229,11 +228,6 @@ def write_records(path: Path, records: Dataset) -> None:
 
     frame = polars.from_arrow(records.data.table)
     assert isinstance(frame, polars.DataFrame)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            frame.write_parquet(file)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    parquet = io.BytesIO()
+    frame.write_parquet(parquet)
+    write_private(path, parquet.getvalue())

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from dpmed.data.batches import pad_token_id
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
 from dpmed.memorization.scoring import evaluating, length_batches
+from dpmed.runs import write_private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -232,12 +232,7 @@ class _Parts:
         offsets = np.cumsum([0, *map(len, outputs)]).astype(np.int64)
         ids = np.concatenate([*outputs, np.empty(0, np.int32)])
         data = save({"ids": ids, "offsets": offsets}, {"fingerprint": self.fingerprint})
-        path = self.path(index)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-        unfinished.unlink(missing_ok=True)
-        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-        unfinished.replace(path)
+        write_private(self.path(index), data)
 
     def load(self, index: int) -> list[np.ndarray] | None:
         """The outputs of a finished batch; None if it is not finished.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from dpmed.memorization.intervals import Measure, NotApplicable, rate_by_unit
 from dpmed.memorization.kinds import KINDS, MemorizedSpans, SpanKinds
 from dpmed.memorization.leakage import DIRECT
 from dpmed.memorization.statistics import TokenScores, record_units
+from dpmed.runs import write_private
 
 MEMORIZED_FILE = "memorized.safetensors"
 """Name of the file in an evaluation's folder."""
@@ -119,7 +119,7 @@ class MemorizedSet:
         about = {"pairs": self.pairs, "min_tokens": self.min_tokens, "k": self.k, "kinds": KINDS}
         metadata = {"version": _VERSION, "fingerprint": self.fingerprint, "settings": json.dumps(about)}
         data = save({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, metadata)
-        _write_private(path, data)
+        write_private(path, data)
 
     @classmethod
     def load(cls, path: Path) -> MemorizedSet:
@@ -246,15 +246,3 @@ def _overlap(before: np.ndarray, after: np.ndarray, units: np.ndarray, bootstrap
         "n_new": int((~before & after).sum()),
         "n_forgotten": int((before & ~after).sum()),
     }
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    """Write bytes in one step, mode 0600."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

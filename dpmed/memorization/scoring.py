@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpmed.data.batches import pad_token_id, per_record_loss
+from dpmed.data.output_layer import input_of, output_layer
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
 from dpmed.errors import InputError
 from dpmed.memorization.statistics import ScoreParts, TokenScores, scores_fingerprint, text_starts
@@ -330,47 +331,28 @@ class _StatesOf:
         self.model = model
         self.device = device
         self.options = {"use_cache": False} if causal else {}
-        self.vocabulary = 1
-        self.head = self._output_layer()
+        self.head = output_layer(model, device, **self.options)
+        self.vocabulary = self._vocabulary()
 
     def __call__(self, input_ids: np.ndarray, attention: np.ndarray) -> Tensor:
         """Input of the output layer [b, t, d], or logits [b, t, v] without one."""
-        kept: list[Tensor] = []
-
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            kept.append(args[0])
-            return (args[0][:, :1], *args[1:])  # the model's own use of the layer shrinks to one position
-
-        hook = self.head.register_forward_pre_hook(keep) if self.head is not None else None
-        try:
-            logits = self._logits(torch.from_numpy(input_ids), torch.from_numpy(attention))
-        finally:
-            if hook is not None:
-                hook.remove()
-        return kept[0] if kept else logits
+        inputs = self._inputs(input_ids, attention)
+        return self.model(**inputs).logits if self.head is None else input_of(self.head, self.model, inputs)
 
     def affordable(self, batch_tokens: int) -> int:
         """Fewer tokens per pass where whole logits must be kept."""
         return batch_tokens if self.head is not None else min(batch_tokens, max(1, _LOGITS_AT_ONCE // self.vocabulary))
 
-    def _logits(self, input_ids: Tensor, attention: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=input_ids.to(self.device), attention_mask=attention.to(self.device), **self.options
-        )
-        return output.logits
+    def _vocabulary(self) -> int:
+        weight = getattr(self.head, "weight", None)
+        if isinstance(weight, Tensor):
+            return len(weight)
+        two = self._inputs(np.zeros((1, 2), dtype=np.int64), np.ones((1, 2), dtype=np.int64))
+        return int(self.model(**two).logits.shape[-1])
 
-    def _output_layer(self) -> nn.Module | None:
-        """The layer whose output is exactly the model's logits, tried on two tokens."""
-        get = getattr(self.model, "get_output_embeddings", None)
-        head = get() if get is not None else None
-        seen: list[Tensor] = []
-        hook = head.register_forward_hook(lambda _m, _i, out: seen.append(out)) if head is not None else None
-        logits = self._logits(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
-        self.vocabulary = logits.shape[-1]
-        if hook is not None:
-            hook.remove()
-        same = len(seen) == 1 and seen[0].shape == logits.shape and torch.equal(seen[0].float(), logits.float())
-        return head if same else None
+    def _inputs(self, input_ids: np.ndarray, attention: np.ndarray) -> dict[str, Any]:
+        tensors = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}
+        return {**{name: tensor.to(self.device) for name, tensor in tensors.items()}, **self.options}
 
 
 def _true_token_statistics(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 from dpmed.data.tasks import EncodedRecords, TaskSpec
 from dpmed.errors import InputError
 from dpmed.memorization.vocabulary import Sampling, TokenStatistics
+from dpmed.runs import write_private
 
 _VERSION = "2"  # of the file and of what its numbers mean
 _STATISTICS = tuple(field.name for field in fields(TokenStatistics))
@@ -94,7 +94,7 @@ class TokenScores:
     def save(self, path: Path, fingerprint: str) -> None:
         """Write to a safetensors file that only its owner can read, at once or not at all."""
         kept = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
-        _write_private(path, save(kept, {"version": _VERSION, "fingerprint": fingerprint}))
+        write_private(path, save(kept, {"version": _VERSION, "fingerprint": fingerprint}))
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> TokenScores:
@@ -125,7 +125,7 @@ class ScoreParts:
         """Keep the tokens `at` [n], which are those of the numbered batches."""
         arrays = {"batches": np.array(batches, np.int64), "at": at} | {n: getattr(found, n) for n in _STATISTICS}
         path = self.folder / f"{self._stem()}{batches[0]:07d}-{batches[-1]:07d}.safetensors"
-        _write_private(path, save(arrays, {"version": _VERSION, "fingerprint": self.fingerprint}))
+        write_private(path, save(arrays, {"version": _VERSION, "fingerprint": self.fingerprint}))
 
     def restore(self, into: TokenStatistics) -> set[int]:
         """Fill in what earlier passes finished, and say which batches those are.
@@ -150,18 +150,6 @@ class ScoreParts:
 
     def _stem(self) -> str:
         return f"{self.name}-{self.fingerprint[:16]}.part-{self.batch_tokens}-"
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    """A file that only its owner can read, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _read_private(path: Path, fingerprint: str) -> dict[str, np.ndarray]:

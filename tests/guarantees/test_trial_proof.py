@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 import tiny_models
+from dpmed.data import head_losses
 from dpmed.errors import PrivacyError
 from dpmed.privacy import proof
 from dpmed.privacy.flat import FlatParameters
@@ -170,6 +171,24 @@ def test_a_sequence_first_model_is_seen_where_positions_are_as_many_as_records(t
     with pytest.raises(PrivacyError, match=r"mix\.weight.*differs by"):
         proof.prove(lambda: OnePassEngine(model), model, losses, truth=losses, units=[0, 1, 0, 2])
     assert flat.unmoved_since(before) == flat.names
+
+
+@both_engines
+def test_a_wrong_loss_behind_a_frozen_output_layer_is_seen(
+    engine: EngineName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial's truth comes from whole logits, not from the shortcut that training takes."""
+    take = head_losses._take_losses_
+
+    def forgets_some_targets(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
+        losses = take(logits, targets, gradient=gradient)
+        logits[0] = 0.0
+        return losses
+
+    monkeypatch.setattr(head_losses, "_take_losses_", forgets_some_targets)
+    model = adapted(Case("llama", "causal_lm"))
+    with pytest.raises(PrivacyError, match="differs by"):
+        trainer_of(tmp_path, model, engine).train()
 
 
 @pytest.mark.parametrize("kind", [SubtractsTheBatchMean, SeesThePaddedLength, SharedCapacity, BatchStatistics])
