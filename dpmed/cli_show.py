@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,40 @@ def run(result: Result) -> None:
             print(f"{spent['n_steps_lost']} of its {spent['n_steps']} charged steps were lost when the run was stopped")
     file = folder / "evaluation.json"
     evaluation = read_json(file) if file.is_file() else {}
-    rows = [
-        (f"{part}.{name}", _number(figure["value"]), f"{_number(figure.get('low'))} to {_number(figure.get('high'))}")
-        for part in ("utility", "memorization")
-        for name, figure in (evaluation.get(part) or {}).items()
-        if isinstance(figure, Mapping) and "value" in figure
-    ]
-    _table(("measured", "value", "95 % interval"), rows)
+    _table(("measured", "value", "95 % interval", "better", "base model", "held-out"), list(_figure_rows(evaluation)))
     for name, reason in (evaluation.get("not_applicable") or {}).items():
-        print(f"{name}: {reason}")
+        if not name.startswith("reference."):
+            print(f"{name}: {reason}")
+
+
+def _figure_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Each figure with its interval, which way is better, and the same of the base model and of held-out records."""
+    reference = evaluation.get("reference") or {}
+    base, heldout = reference.get("base_model") or {}, reference.get("heldout") or {}
+    for part in ("utility", "memorization"):
+        for name, figure in _figures(evaluation.get(part) or {}):
+            floors = (_at(base.get(part) or {}, name), _at(heldout, name) if part == "memorization" else None)
+            yield (
+                f"{part}.{name}",
+                _number(figure["value"]),
+                f"{_number(figure.get('low'))} to {_number(figure.get('high'))}",
+                {"better": "\u2191", "worse": "\u2193"}.get(figure.get("higher_is"), ""),
+                *("" if floor is None else _number(floor["value"]) for floor in floors),
+            )
+
+
+def _figures(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All figures of a tree, with their dotted names."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and "value" in value:
+            yield f"{at}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _figures(value, f"{at}{name}.")
+
+
+def _at(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The figure of that dotted name, if there is one."""
+    return dict(_figures(tree)).get(name)
 
 
 def frontier(result: Result) -> None:

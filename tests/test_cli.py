@@ -233,12 +233,25 @@ def test_run_summary_shows_privacy_figures_and_reasons(
 ) -> None:
     figure = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 9, "higher_is": "worse"}
     reasons = {"memorization.canary_exposure": "no canaries were planted"}
-    evaluation = {"memorization": {"extraction_rate": figure, "canary_exposure": None}, "not_applicable": reasons}
+    inner = {"loss": {"auc": {**figure, "value": 0.61}, "roc": {"fpr": [0.0], "tpr": [0.0]}}}
+    evaluation = {
+        "memorization": {"extraction_rate": figure, "canary_exposure": None, "membership": inner},
+        "utility": {"accuracy": {**figure, "value": 0.87, "higher_is": "better"}},
+        "reference": {
+            "base_model": {"memorization": {"extraction_rate": {**figure, "value": 0.011}}},
+            "heldout": {"extraction_rate": {**figure, "value": 0.022}},
+        },
+        "not_applicable": reasons | {"reference.base_model.memorization.canary_exposure": "said once is enough"},
+    }
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     (tmp_path / "privacy.json").write_text('{"epsilon": 7.98, "delta": 1e-05}', encoding="utf-8")
     stand_in("dpmed.pipeline", "train", {})
     text = printed(capsys, "train", recipe_file, "--output_dir", str(tmp_path))
     assert "epsilon 7.98 at delta 1e-05" in text and "0.2 to 0.3" in text and "no canaries were planted" in text
+    row = next(line for line in text.splitlines() if "memorization.extraction_rate" in line)
+    assert row.split() == ["memorization.extraction_rate", "0.25", "0.2", "to", "0.3", "\u2193", "0.011", "0.022"]
+    assert "memorization.membership.loss.auc" in text and "said once" not in text
+    assert "\u2191" in next(line for line in text.splitlines() if "utility.accuracy" in line)
 
 
 def test_calibrate(capsys: Captured) -> None:

@@ -12,13 +12,14 @@ from datasets import Dataset
 from dpmed.data.tasks import EncodedRecords, TaskSpec
 from dpmed.memorization.extraction import (
     extraction_figures,
+    greedy_extraction,
     identifier_extraction,
     probabilistic_extraction,
     strength_figures,
 )
 from dpmed.memorization.fill_mask import fill_mask_figures
 from dpmed.memorization.intervals import Measure, NotApplicable, bootstrap_ratio, dense_units
-from dpmed.memorization.leakage import identifier_counts, identifier_figures
+from dpmed.memorization.leakage import DIRECT, identifier_counts, identifier_figures
 from dpmed.memorization.membership import (
     Sides,
     attack_figures,
@@ -32,6 +33,7 @@ from dpmed.memorization.membership import (
     zlib_lengths,
     zlib_score,
 )
+from dpmed.memorization.paired import paired_mean_difference, paired_rate_difference
 from dpmed.memorization.statistics import TokenScores
 from dpmed.recipe import EvaluationSection
 
@@ -117,6 +119,40 @@ class Battery:
         value, low, high = np.exp(np.minimum([loss.sum() / tokens.sum(), *bounds], 700.0))  # exp(710) overflows
         return Measure(float(value), float(low), float(high), int(tokens.sum()), "worse")
 
+    def minus_base(self, side: Side, scores: TokenScores, base: TokenScores) -> dict[str, Any]:
+        """Rates of the model minus those of its base, on the same records: the choice of patients cancels."""
+        resamples: dict[str, Any] = {"bootstrap": self.settings.bootstrap, "seed": SEED}
+        found: dict[str, Any] = {"extraction_rate": NotApplicable(MASKED_CONTINUES)}
+        if self.spec.kind == "causal_lm":
+            lengths = self.settings.prefix_tokens[0], self.settings.suffix_tokens[0]
+            eligible, own = greedy_extraction(scores, *lengths)
+            before = greedy_extraction(base, *lengths)[1]
+            found["extraction_rate"] = NotApplicable("no record is long enough")
+            if eligible.any():
+                found["extraction_rate"] = paired_rate_difference(
+                    own[eligible], before[eligible], side.units[eligible], "worse", **resamples
+                )
+        hits, hits_before = (identifier_extraction(s, side.encoded) for s in (scores, base))
+        direct = np.isin(hits.source, DIRECT)
+        groups = {"all": direct} | {str(name): direct & (hits.type == name) for name in np.unique(hits.type[direct])}
+        found["identifier_extraction"] = {
+            name: paired_rate_difference(
+                hits.hit[chosen], hits_before.hit[chosen], hits.unit[chosen], "worse", **resamples
+            )
+            if chosen.any()
+            else NotApplicable("no known identifier in the records; name data.identifiers")
+            for name, chosen in groups.items()
+        }
+        found["exact_memorization"] = paired_mean_difference(
+            _share_right(scores),
+            _share_right(base),
+            side.units,
+            "worse",
+            weights=scores.per_record(np.ones(len(scores.record))),
+            **resamples,
+        )
+        return found
+
     def membership(
         self,
         members: Side,
@@ -184,6 +220,12 @@ class Battery:
         keys = ["auc", *(f"tpr_at_fpr_{fpr:g}" for fpr in self.settings.fpr)]
         figures = {f"membership_{key}": chosen if isinstance(chosen, NotApplicable) else chosen[key] for key in keys}
         return {"membership_attack": name, **figures}
+
+
+def _share_right(scores: TokenScores) -> np.ndarray:
+    """Share of each record's scored tokens that are the first choice [r]; NaN without any."""
+    with np.errstate(invalid="ignore"):
+        return scores.per_record(scores.is_argmax) / scores.per_record(np.ones(len(scores.record)))
 
 
 def classifier_nothing() -> dict[str, Any]:

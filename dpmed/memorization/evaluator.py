@@ -177,7 +177,7 @@ class MemorizationEvaluator:
         }
         logits, losses = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
         nothing = not_generated(CLASSIFIER_TEXT)["memorization"]
-        nothing |= dict.fromkeys(("kinds", "persistence"), NotApplicable(CLASSIFIER_TEXT))
+        nothing |= dict.fromkeys(("kinds", "persistence", "minus_base"), NotApplicable(CLASSIFIER_TEXT))
         tree = {
             "utility": {"perplexity": NotApplicable(CLASSIFIER_TEXT)},
             "memorization": {
@@ -202,6 +202,9 @@ class MemorizationEvaluator:
         heldout, heldout_counts = battery.generative(others, scores["heldout"])
         memorization["train_perplexity"] = battery.perplexity(members, scores["train"])
         memorization |= battery.membership(members, others, scores, base)
+        memorization["minus_base"] = (
+            NotApplicable(NO_BASE) if base is None else battery.minus_base(members, scores["train"], base["train"])
+        )
         tree: dict[str, Any] = {
             "utility": {"perplexity": battery.perplexity(others, scores["heldout"])},
             "memorization": memorization,

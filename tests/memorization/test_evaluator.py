@@ -257,6 +257,25 @@ def test_a_claim_that_the_canaries_refute_is_marked(tiny_model, tiny_tokenizer, 
     assert audits[0]["lower_bound"] > 0.1
 
 
+def test_differences_from_the_base_model_are_those_of_the_two_rates(memorised, tiny_model, tiny_tokenizer, sides):
+    base = tiny_model("llama")
+    pair = [
+        MemorizationEvaluator(model, tiny_tokenizer, base_model=base, spec=SPEC, settings=SETTINGS).evaluate(*sides)
+        for model in (memorised, base)
+    ]
+    found, before = pair[0]["memorization"], pair[0]["reference"]["base_model"]["memorization"]
+    for name, own in (("extraction_rate", ("extraction_rate",)), ("all", ("identifier_extraction_rate",))):
+        difference = found["minus_base"][name] if name != "all" else found["minus_base"]["identifier_extraction"]["all"]
+        assert (
+            difference["value"] == pytest.approx(value(found, *own) - value(before, *own)) and difference["value"] > 0
+        )
+        assert difference["p_value"] < 0.01
+    assert value(found, "minus_base", "exact_memorization") > 0
+    still = pair[1]["memorization"]["minus_base"]
+    assert still["extraction_rate"]["value"] == 0 and still["extraction_rate"]["p_value"] == 1
+    assert set(found["minus_base"]["identifier_extraction"]) == {"all", "NAME", "DATE"}
+
+
 def test_kinds_persistence_and_generated_text_stand_on_both_sides(
     memorised, tiny_model, tiny_tokenizer, sides, tmp_path
 ):
