@@ -217,15 +217,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     size = (options.records, options.generated, options.batch_tokens, options.device)
-    case = Case(options.model, options.data, *size)
     if options.alone:
-        print(json.dumps(alone(case)))
+        print(json.dumps(alone(Case(options.model, options.data, *size))))
         return 0
+    # Before the model is loaded here: a child inherits its parent's peak.
+    scale = [in_own_process(options, options.records), in_own_process(options, 10 * options.records)]
+    case = Case(options.model, options.data, *size)
     from dpmed.environment import versions
 
     case.bare()  # warm
     found = measure(case, COLUMNS, options.repetitions)
-    scale = [in_own_process(options, options.records), in_own_process(options, 10 * options.records)]
     document = {
         "settings": {k: getattr(options, k) for k in ("records", "generated", "repetitions", "batch_tokens", "device")}
         | {"prefix_tokens": PREFIX, "suffix_tokens": SUFFIX, "threads": os.environ.get("OMP_NUM_THREADS")},
