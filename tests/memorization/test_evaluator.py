@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from dpmed.data.canaries import plant_canaries
@@ -364,6 +364,13 @@ def test_few_records_and_other_lengths_are_warned_of(memorised, tiny_tokenizer):
     assert any("train: only 20 records" in w for w in warnings)
     assert any("differ in length" in w for w in warnings)
     assert not any("heldout: only" in w for w in warnings)
+    matching = MemorizationEvaluator(
+        memorised, tiny_tokenizer, spec=SPEC, settings=replace(SETTINGS, match_lengths=True)
+    )
+    with_others = concatenate_datasets([records(30, 1, n_words=4), records(10, 2)])
+    matched = matching.evaluate(records(20, 0), with_others)
+    assert not any("differ in length" in w for w in matched["warnings"])
+    assert matched["memorization"]["membership_auc"]["n"] < 2 * 20
 
 
 def test_an_auc_below_one_half_is_not_called_private(memorised, tiny_tokenizer, sides):
