@@ -167,6 +167,8 @@ class EvaluationSection:
     """Probabilistic extraction: a record counts if its suffix appears in the tries with at least this probability."""
     fpr: list[float] = field(default_factory=lambda: [0.01, 0.001])
     """False-positive rates at which membership attacks are reported."""
+    match_lengths: bool = False
+    """Membership attacks on equally many members and non-members of each length, where the two sides differ in it."""
     min_k: float = 0.2
     """Share of the least likely tokens in Min-K% and Min-K%++."""
     max_records: int | None = None

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from dpmed.data.tasks import EncodedRecords, TaskSpec
+from dpmed.memorization.checks import text_tokens
 from dpmed.memorization.extraction import (
     extraction_figures,
     greedy_extraction,
@@ -26,6 +27,7 @@ from dpmed.memorization.membership import (
     ez_score,
     loss_score,
     margin_score,
+    matched_lengths,
     min_k_plus_plus_score,
     min_k_score,
     modified_entropy_score,
@@ -208,6 +210,9 @@ class Battery:
     def _attack(self, members: Side, others: Side, m: np.ndarray, o: np.ndarray, reason: str) -> Any:
         """One attack's figures over the records that have a score; a reason if a side has none."""
         has_m, has_o = np.isfinite(m), np.isfinite(o)
+        if self.settings.match_lengths:
+            kept = matched_lengths(text_tokens(members.encoded), text_tokens(others.encoded), seed=SEED)
+            has_m, has_o = has_m & kept[0], has_o & kept[1]
         if not has_m.any() or not has_o.any():
             return NotApplicable(reason)
         sides = Sides(m[has_m], o[has_o], members.units[has_m], others.units[has_o])

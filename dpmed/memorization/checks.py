@@ -110,12 +110,15 @@ def check_tokens(model: nn.Module, encoded: EncodedRecords, what: str) -> None:
         raise InputError(f"data.max_length: a window has {longest} tokens, {what} can see {context}; choose less")
 
 
-def warnings_of(encoded: Mapping[str, EncodedRecords], memorization: Mapping[str, Any]) -> list[str]:
+def warnings_of(
+    encoded: Mapping[str, EncodedRecords], memorization: Mapping[str, Any], *, matched: bool = False
+) -> list[str]:
     """What a reader must know before believing the figures.
 
     Args:
         encoded: the two sides by name, members first.
         memorization: the figures, as `Measure`.
+        matched: whether the attacks compared equally many records of each length.
     """
     found = [
         f"{name}: only {side.n_records} records; the intervals are wide"
@@ -123,9 +126,10 @@ def warnings_of(encoded: Mapping[str, EncodedRecords], memorization: Mapping[str
         if side.n_records < FEW_RECORDS
     ]
     members, others = (text_tokens(side) for side in encoded.values())
-    if float(np.asarray(ks_2samp(members, others))[1]) < DIFFERENT_LENGTHS:  # the p-value
+    if not matched and float(np.asarray(ks_2samp(members, others))[1]) < DIFFERENT_LENGTHS:  # the p-value
         found.append(
-            "train and held-out records differ in length: membership attacks may tell the two sides apart by that alone"
+            "train and held-out records differ in length: membership attacks may tell the two sides apart by that"
+            " alone; set evaluation.match_lengths"
         )
     auc = memorization["membership_auc"]
     if isinstance(auc, Measure) and auc.high < 0.5:

@@ -147,7 +147,11 @@ class MemorizationEvaluator:
             "not_applicable": reasons,
             "counts": counts,
             "settings": {**asdict(self.settings), "seed": SEED, "task": self.spec.kind},
-            "warnings": warnings_of({side.name: side.encoded for side in (members, others)}, tree["memorization"]),
+            "warnings": warnings_of(
+                {side.name: side.encoded for side in (members, others)},
+                tree["memorization"],
+                matched=self.settings.match_lengths,
+            ),
         }
 
     def _side(self, name: str, records: Dataset) -> Side:

@@ -44,6 +44,34 @@ class Sides:
     """[n]"""
 
 
+def matched_lengths(
+    members: np.ndarray, others: np.ndarray, *, bins: int = 10, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which members and which non-members to compare, so that length does not tell the two sides apart.
+
+    Both sides are cut at the same quantiles of all lengths together; in each piece the side with more records gives
+    away as many, chosen at random.
+
+    Args:
+        members: length of each member [m].
+        others: length of each non-member [n].
+        bins: pieces, at most.
+        seed: of the choice.
+
+    Returns: bool [m] and bool [n], with equally many True in each piece.
+    """
+    edges = np.unique(np.quantile(np.concatenate([members, others]), np.linspace(0, 1, bins + 1)[1:-1]))
+    rng = np.random.default_rng(seed)
+    kept = np.zeros(len(members), dtype=bool), np.zeros(len(others), dtype=bool)
+    pieces = np.searchsorted(edges, members, side="right"), np.searchsorted(edges, others, side="right")
+    for piece in range(len(edges) + 1):
+        rows = [np.flatnonzero(of == piece) for of in pieces]
+        n = min(map(len, rows))
+        for keep, own in zip(kept, rows, strict=True):
+            keep[rng.permutation(own)[:n]] = True
+    return kept
+
+
 def loss_score(scores: TokenScores) -> np.ndarray:
     """Mean log-probability of each record's text tokens [r]; NaN for a record without a scored token.
 

@@ -5,50 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from datasets import Dataset, concatenate_datasets
+from memorization.evaluated import SECRET, SETTINGS, SPEC, WORDS, every_null, records, trained, value
 from torch import nn
 
-from dpmed.data.canaries import plant_canaries
-from dpmed.data.tasks import TaskSpec, encode
+from dpmed.data.tasks import TaskSpec
 from dpmed.errors import InputError
-from dpmed.memorization.canary_figures import Claim
 from dpmed.memorization.evaluator import EvaluationSettings, MemorizationEvaluator, units_sample
-from dpmed.memorization.persistence import MEMORIZED_FILE
-from dpmed.memorization.scoring import pad
-
-WORDS = ("heart", "lungs", "fever", "cough", "normal", "clear", "acute", "pain", "blood", "mild", "old", "new", "left")
-SPEC = TaskSpec(max_length=60)
-SETTINGS = EvaluationSettings(prefix_tokens=[4, 6], suffix_tokens=[4, 90], fpr=[0.1, 0.001], bootstrap=100)
-FEW_CANDIDATES = replace(SETTINGS, canary_candidates=20)
-SECRET = "Zacharias"
-
-
-def records(n: int, seed: int, n_words: int = 8) -> Dataset:
-    rng = np.random.default_rng(seed)
-    texts = [" ".join(WORDS[i] for i in rng.integers(len(WORDS), size=n_words)) + f" {SECRET}" for _ in range(n)]
-    spans = [
-        [
-            {"start": len(t) - len(SECRET), "end": len(t), "type": "NAME", "source": "planted"},
-            {"start": t.index(" ") + 1, "end": t.index(" ", t.index(" ") + 1), "type": "DATE", "source": "known"},
-        ]
-        for t in texts
-    ]
-    units = [f"{seed}-{i // 2}" for i in range(n)]
-    return Dataset.from_dict({"text": texts, "unit": units, "record_id": units, "identifiers": spans})
-
-
-def trained(model: nn.Module, data: Dataset, tokenizer: Any, steps: int = 60) -> nn.Module:
-    input_ids, attention = map(torch.from_numpy, pad(list(encode(data, tokenizer, SPEC)), 0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        labels = input_ids.masked_fill(attention == 0, -100)
-        model(input_ids=input_ids, attention_mask=attention, labels=labels).loss.backward()
-        optimizer.step()
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +23,6 @@ def sides() -> tuple[Dataset, Dataset]:
 @pytest.fixture(scope="module")
 def memorised(tiny_model, tiny_tokenizer, sides) -> nn.Module:
     return trained(tiny_model("llama"), sides[0], tiny_tokenizer)
-
-
-def value(tree: dict[str, Any], *keys: str) -> float:
-    for key in keys:
-        tree = tree[key]
-    assert set(tree) >= {"value", "low", "high", "n", "higher_is"}
-    assert tree["low"] <= tree["value"] <= tree["high"]
-    return tree["value"]
-
-
-def every_null(tree: Any, at: str = "") -> set[str]:
-    """Dotted keys of all nulls of a result."""
-    if not isinstance(tree, dict):
-        return {at} if tree is None else set()
-    return set().union(*(every_null(v, f"{at}.{k}" if at else k) for k, v in tree.items())) if tree else set()
 
 
 def test_a_model_that_learnt_its_records_by_heart_shows_it(memorised, tiny_model, tiny_tokenizer, sides):
@@ -226,77 +175,6 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
     hook.remove()
     assert 1 < sum(windows) < len(sides[1]) / 2 + 1  # what was left of the second side
     assert len(list((tmp_path / "scores").iterdir())) == 2
-
-
-def test_canaries_have_figures_of_their_own_and_are_left_out_of_all_others(memorised, tiny_tokenizer, sides):
-    planted, manifest = plant_canaries(sides[0], n=120, designs=["identifiers"], repeats=[1, 3], seed=5)
-    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=FEW_CANDIDATES)
-    plain, with_canaries = evaluator.evaluate(*sides), evaluator.evaluate(planted, sides[1], manifest)
-    own = {"canary_exposure", "epsilon_lower_bound", "audit"}
-    found, without = with_canaries["memorization"], plain["memorization"]
-    assert {key: found[key] for key in without if key not in own} == {k: v for k, v in without.items() if k not in own}
-    assert {key: without[key] for key in own} == dict.fromkeys(own)
-    n_in = int(manifest.included.sum())
-    assert (value(found, "canary_exposure"), found["canary_exposure"]["n"]) == (found["canary_exposure"]["value"], n_in)
-    assert with_canaries["counts"]["train"]["n_canary_records_left_out"] == len(planted) - len(sides[0]) > 0
-    assert found["audit"]["n_canaries"] == 120 and found["audit"]["contradicts"] is False
-    assert found["epsilon_lower_bound"]["ceiling"] > 0
-    with pytest.raises(InputError, match="not of these records"):
-        evaluator.evaluate(*sides, manifest)
-
-
-def test_a_claim_that_the_canaries_refute_is_marked(tiny_model, tiny_tokenizer, sides):
-    planted, manifest = plant_canaries(sides[0], n=60, designs=["identifiers"], repeats=[1], seed=2)
-    model = trained(tiny_model("llama"), planted, tiny_tokenizer, steps=60)
-    evaluator = MemorizationEvaluator(model, tiny_tokenizer, spec=SPEC, settings=FEW_CANDIDATES)
-    audits = [
-        evaluator.evaluate(planted, sides[1], manifest, claim=Claim(epsilon, 1e-5))["memorization"]["audit"]
-        for epsilon in (0.1, 50.0, None)
-    ]
-    assert [audit["contradicts"] for audit in audits] == [True, False, False]
-    assert audits[0]["lower_bound"] > 0.1
-
-
-def test_differences_from_the_base_model_are_those_of_the_two_rates(memorised, tiny_model, tiny_tokenizer, sides):
-    base = tiny_model("llama")
-    pair = [
-        MemorizationEvaluator(model, tiny_tokenizer, base_model=base, spec=SPEC, settings=SETTINGS).evaluate(*sides)
-        for model in (memorised, base)
-    ]
-    found, before = pair[0]["memorization"], pair[0]["reference"]["base_model"]["memorization"]
-    for name, own in (("extraction_rate", ("extraction_rate",)), ("all", ("identifier_extraction_rate",))):
-        difference = found["minus_base"][name] if name != "all" else found["minus_base"]["identifier_extraction"]["all"]
-        assert (
-            difference["value"] == pytest.approx(value(found, *own) - value(before, *own)) and difference["value"] > 0
-        )
-        assert difference["p_value"] < 0.01
-    assert value(found, "minus_base", "exact_memorization") > 0
-    still = pair[1]["memorization"]["minus_base"]
-    assert still["extraction_rate"]["value"] == 0 and still["extraction_rate"]["p_value"] == 1
-    assert set(found["minus_base"]["identifier_extraction"]) == {"all", "NAME", "DATE"}
-
-
-def test_kinds_persistence_and_generated_text_stand_on_both_sides(
-    memorised, tiny_model, tiny_tokenizer, sides, tmp_path
-):
-    asked = replace(SETTINGS, span_tokens=4, generate_tokens=80_000, prompt_tokens=[4], ngrams=[3], new_tokens=8)
-    before = MemorizationEvaluator(tiny_model("llama"), tiny_tokenizer, spec=SPEC, settings=replace(asked))
-    before.evaluate(*sides)
-    assert before.memorized is not None
-    before.memorized.save(tmp_path / MEMORIZED_FILE)
-    evaluator = MemorizationEvaluator(
-        memorised, tiny_tokenizer, base_model=tiny_model("llama"), spec=SPEC, settings=asked, scores_dir=tmp_path / "s"
-    )
-    result = evaluator.evaluate(*sides, before=tmp_path)
-    memorization, reference = result["memorization"], result["reference"]
-    assert memorization["kinds"]["harmful"]["n_spans"] > 0 and memorization["persistence"]["tokens"]["n_after"] > 0
-    sections = (memorization, reference["heldout"], reference["base_model"]["memorization"])
-    rates = [value(section, "regurgitation_rate") for section in sections]
-    assert rates[0] > rates[2]
-    assert [value(section, "identifier_leak_rate") >= 0 for section in (memorization, sections[2])] == [True, True]
-    assert result["counts"]["generated"]["generation"]["n_tokens_granted"] <= 80_000
-    nulls = {key for key in every_null(result) if not key.startswith("settings.")}
-    assert nulls <= set(result["not_applicable"])
 
 
 def test_a_masked_model_has_identifiers_and_membership_but_no_continuation(tiny_model, tiny_tokenizer, sides):

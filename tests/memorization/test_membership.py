@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from dpmed.memorization import membership
@@ -19,6 +21,7 @@ from dpmed.memorization.membership import (
     ez_score,
     loss_score,
     margin_score,
+    matched_lengths,
     min_k_plus_plus_score,
     min_k_score,
     modified_entropy_score,
@@ -306,3 +309,25 @@ def test_the_thinned_curve_lies_on_the_curve():
     assert sum(0 < f < 0.01 for f in thin["fpr"]) >= 5  # where it matters
     whole = {(round(f, 6), round(t, 6)) for f, t in zip(*roc(members, others), strict=True)}
     assert set(zip(thin["fpr"], thin["tpr"], strict=True)) <= whole
+
+
+lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(np.array)
+
+
+@given(members=lengths, others=lengths, bins=st.integers(1, 12))
+def test_matched_sides_have_as_many_records_in_each_piece(members: np.ndarray, others: np.ndarray, bins: int) -> None:
+    kept_m, kept_o = matched_lengths(members, others, bins=bins)
+    assert (len(kept_m), len(kept_o)) == (len(members), len(others))
+    edges = np.unique(np.quantile(np.concatenate([members, others]), np.linspace(0, 1, bins + 1)[1:-1]))
+    for piece in range(len(edges) + 1):
+        own_m, own_o = (np.searchsorted(edges, of, side="right") == piece for of in (members, others))
+        assert kept_m[own_m].sum() == kept_o[own_o].sum() == min(own_m.sum(), own_o.sum())
+
+
+def test_length_alone_tells_nothing_once_it_is_matched() -> None:
+    rng = np.random.default_rng(0)
+    members, others = rng.integers(20, 200, size=3000), rng.integers(60, 240, size=3000)
+    assert auc(members, others) < 0.4
+    kept_m, kept_o = matched_lengths(members, others, bins=20)
+    assert abs(auc(members[kept_m], others[kept_o]) - 0.5) < 0.02
+    assert kept_m.sum() > 1000

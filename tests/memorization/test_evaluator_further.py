@@ -1,0 +1,97 @@
+"""Canaries, differences from the base model, kinds, persistence and generated text in one evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from datasets import Dataset
+from memorization.evaluated import FEW_CANDIDATES, SETTINGS, SPEC, every_null, records, trained, value
+from torch import nn
+
+from dpmed.data.canaries import plant_canaries
+from dpmed.errors import InputError
+from dpmed.memorization.canary_figures import Claim
+from dpmed.memorization.evaluator import MemorizationEvaluator
+from dpmed.memorization.persistence import MEMORIZED_FILE
+
+
+@pytest.fixture(scope="module")
+def sides() -> tuple[Dataset, Dataset]:
+    return records(34, 0), records(32, 1)
+
+
+@pytest.fixture(scope="module")
+def memorised(tiny_model, tiny_tokenizer, sides) -> nn.Module:
+    return trained(tiny_model("llama"), sides[0], tiny_tokenizer)
+
+
+def test_canaries_have_figures_of_their_own_and_are_left_out_of_all_others(memorised, tiny_tokenizer, sides):
+    planted, manifest = plant_canaries(sides[0], n=120, designs=["identifiers"], repeats=[1, 3], seed=5)
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=FEW_CANDIDATES)
+    plain, with_canaries = evaluator.evaluate(*sides), evaluator.evaluate(planted, sides[1], manifest)
+    own = {"canary_exposure", "epsilon_lower_bound", "audit"}
+    found, without = with_canaries["memorization"], plain["memorization"]
+    assert {key: found[key] for key in without if key not in own} == {k: v for k, v in without.items() if k not in own}
+    assert {key: without[key] for key in own} == dict.fromkeys(own)
+    n_in = int(manifest.included.sum())
+    assert (value(found, "canary_exposure"), found["canary_exposure"]["n"]) == (found["canary_exposure"]["value"], n_in)
+    assert with_canaries["counts"]["train"]["n_canary_records_left_out"] == len(planted) - len(sides[0]) > 0
+    assert found["audit"]["n_canaries"] == 120 and found["audit"]["contradicts"] is False
+    assert found["epsilon_lower_bound"]["ceiling"] > 0
+    with pytest.raises(InputError, match="not of these records"):
+        evaluator.evaluate(sides[0], sides[1], manifest)
+
+
+def test_a_claim_that_the_canaries_refute_is_marked(tiny_model, tiny_tokenizer, sides):
+    planted, manifest = plant_canaries(sides[0], n=60, designs=["identifiers"], repeats=[1], seed=2)
+    model = trained(tiny_model("llama"), planted, tiny_tokenizer, steps=60)
+    evaluator = MemorizationEvaluator(model, tiny_tokenizer, spec=SPEC, settings=FEW_CANDIDATES)
+    audits = [
+        evaluator.evaluate(planted, sides[1], manifest, claim=Claim(epsilon, 1e-5))["memorization"]["audit"]
+        for epsilon in (0.1, 50.0, None)
+    ]
+    assert [audit["contradicts"] for audit in audits] == [True, False, False]
+    assert audits[0]["lower_bound"] > 0.1
+
+
+def test_differences_from_the_base_model_are_those_of_the_two_rates(memorised, tiny_model, tiny_tokenizer, sides):
+    base = tiny_model("llama")
+    pair = [
+        MemorizationEvaluator(model, tiny_tokenizer, base_model=base, spec=SPEC, settings=SETTINGS).evaluate(*sides)
+        for model in (memorised, base)
+    ]
+    found, before = pair[0]["memorization"], pair[0]["reference"]["base_model"]["memorization"]
+    for name, own in (("extraction_rate", ("extraction_rate",)), ("all", ("identifier_extraction_rate",))):
+        difference = found["minus_base"][name] if name != "all" else found["minus_base"]["identifier_extraction"]["all"]
+        assert (
+            difference["value"] == pytest.approx(value(found, *own) - value(before, *own)) and difference["value"] > 0
+        )
+        assert difference["p_value"] < 0.01
+    assert value(found, "minus_base", "exact_memorization") > 0
+    still = pair[1]["memorization"]["minus_base"]
+    assert still["extraction_rate"]["value"] == 0 and still["extraction_rate"]["p_value"] == 1
+    assert set(found["minus_base"]["identifier_extraction"]) == {"all", "NAME", "DATE"}
+
+
+def test_kinds_persistence_and_generated_text_stand_on_both_sides(
+    memorised, tiny_model, tiny_tokenizer, sides, tmp_path
+):
+    asked = replace(SETTINGS, span_tokens=4, generate_tokens=80_000, prompt_tokens=[4], ngrams=[3], new_tokens=8)
+    before = MemorizationEvaluator(tiny_model("llama"), tiny_tokenizer, spec=SPEC, settings=replace(asked))
+    before.evaluate(*sides)
+    assert before.memorized is not None
+    before.memorized.save(tmp_path / MEMORIZED_FILE)
+    evaluator = MemorizationEvaluator(
+        memorised, tiny_tokenizer, base_model=tiny_model("llama"), spec=SPEC, settings=asked, scores_dir=tmp_path / "s"
+    )
+    result = evaluator.evaluate(*sides, before=tmp_path)
+    memorization, reference = result["memorization"], result["reference"]
+    assert memorization["kinds"]["harmful"]["n_spans"] > 0 and memorization["persistence"]["tokens"]["n_after"] > 0
+    sections = (memorization, reference["heldout"], reference["base_model"]["memorization"])
+    rates = [value(section, "regurgitation_rate") for section in sections]
+    assert rates[0] > rates[2]
+    assert [value(section, "identifier_leak_rate") >= 0 for section in (memorization, sections[2])] == [True, True]
+    assert result["counts"]["generated"]["generation"]["n_tokens_granted"] <= 80_000
+    nulls = {key for key in every_null(result) if not key.startswith("settings.")}
+    assert nulls <= set(result["not_applicable"])
