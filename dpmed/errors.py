@@ -35,6 +35,10 @@ class BudgetError(DpmedError):
     exit_code = 3
 
 
+class GateError(BudgetError):
+    """A checkpoint failed a test of its release; what was found is written beside it."""
+
+
 def fault_line(error: BaseException) -> str:
     """One line for an exception that nobody foresaw: its type and place, without its message, which may quote a
     record."""
