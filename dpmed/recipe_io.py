@@ -129,10 +129,27 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "evaluation.batch_tokens": _COUNT,
     "evaluation.bootstrap": _COUNT,
     "evaluation.k": _COUNT,
+    **{
+        f"release.max_{name}": _SHARE
+        for name in (
+            "identifier_extraction_above_floor",
+            "extraction_above_floor",
+            "membership_auc",
+            "after_relearning",
+            "after_quantisation",
+            "utility_loss",
+            "rare_word_loss",
+        )
+    },
+    "release.rare_k": ("a whole number of at least 2", lambda v: v >= 2),
+    "release.quantise": ("8 or 4", lambda v: v in (4, 8)),
+    "release.relearn_share": _OPEN_SHARE,
+    "release.relearn_steps": _COUNT,
+    "release.relearn_learning_rate": _POSITIVE,
     "frontier.epsilons": _POSITIVE,
     "frontier.seeds": _NOT_NEGATIVE,
 }
-_MAY_BE_EMPTY = ("frontier.epsilons",)  # a grid without dp_lora has none
+_MAY_BE_EMPTY = ("frontier.epsilons", "release.quantise")  # a grid without dp_lora has none; no rounding tested
 _FIXED_BY_THE_GRID = ("method", "task", "frontier")
 
 
