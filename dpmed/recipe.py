@@ -113,12 +113,26 @@ class SaniSection:
 
     erase_fraction: float = 0.5
     """Share of feed-forward neurons reset in each erased layer; 0 is repair only."""
-    erase_layers: int = 1
-    """How many of the last transformer blocks are erased."""
+    erase_layers: int | Literal["all"] | list[int] = 1
+    """Which transformer blocks are erased: so many of the last, all, or a list of block numbers from 0."""
+    select: Literal["random", "gradient", "activation"] = "random"
+    """Which neurons: random ones, or those that do most for targets compared with other tokens, by a score."""
+    score_windows: int = 256
+    """gradient and activation: at most so many windows with a target are drawn to score neurons."""
+    reset_to: Literal["init", "base", "zero"] = "init"
+    """What they are reset to: a fresh initialisation, the weights of model.base, or zero, which prunes them."""
+    when: Literal["once", "every_epoch"] = "once"
+    """Erase once, or again before every epoch."""
     identifiers: Literal["direct", "indirect", "all"] = "all"
     """Which identifiers are never a target of the repair."""
     k: int = 2
     """A word in the records of fewer than k patients is an indirect identifier."""
+    terms: str | None = None
+    """Text file of confidential terms, one a line, that are the targets instead of identifiers."""
+    repair: Literal["full", "lora"] = "full"
+    """Repair all weights, or train adapters (section lora) that are merged when the weights are saved."""
+    kl: float = 0.0
+    """Weight of the divergence from the checkpoint, on tokens that are no target; 0 is none."""
 
 
 @dataclass

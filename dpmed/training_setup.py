@@ -43,7 +43,11 @@ def make_trainer(
         model.requires_grad_(True)  # and so does the base that one was merged into
     trainer, _ = METHODS[recipe.method]
     options: dict[str, Any] = {"spec": spec}
-    if recipe.method in ("lora", "dp_lora"):
+    if recipe.method == "sani" and recipe.sani.reset_to == "base":
+        if recipe.model.base is None:
+            raise InputError("sani.reset_to: base needs the model before fine-tuning: set model.base")
+        options["base_model"] = load_model(recipe.model.base, spec, merge=True)
+    if recipe.method in ("lora", "dp_lora") or (recipe.method == "sani" and recipe.sani.repair == "lora"):
         lora = recipe.lora
         options["peft_config"] = lora_config(
             model,
@@ -105,7 +109,19 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
         )
         values |= {key: getattr(privacy, key) for key in names}
     if config is SANITrainingConfig:
-        names = ("erase_fraction", "erase_layers", "identifiers", "k")
+        names = (
+            "erase_fraction",
+            "erase_layers",
+            "select",
+            "score_windows",
+            "reset_to",
+            "when",
+            "identifiers",
+            "k",
+            "terms",
+            "repair",
+            "kl",
+        )
         values |= {key: getattr(sani, key) for key in names}
     clash = sorted(set(training.extra) & set(values))
     if clash:
