@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Method = Literal["full", "lora", "dp_lora", "sani"]
+Method = Literal["full", "lora", "dp_lora", "sani", "unlearn"]
+Objective = Literal["gradient_ascent", "gradient_difference", "npo", "task_vector"]
 
 
 @dataclass
@@ -136,6 +137,24 @@ class SaniSection:
 
 
 @dataclass
+class UnlearnSection:
+    """Unlearning the identifiers of a trained checkpoint by gradients: what sani is compared with."""
+
+    objective: Objective = "npo"
+    """Gradient ascent, gradient difference, negative preference optimisation, or a negated task vector."""
+    beta: float = 0.1
+    """npo: the larger, the sooner a span counts as forgotten; near 0 it is gradient ascent."""
+    retain_weight: float = 1.0
+    """gradient_difference, npo: weight of the loss on all tokens that are not to be forgotten."""
+    alpha: float = 1.0
+    """task_vector: how much of what was learned about the targets is taken away."""
+    identifiers: Literal["direct", "indirect", "all"] = "all"
+    """Which identifiers are to be forgotten."""
+    k: int = 2
+    """A word in the records of fewer than k patients is an indirect identifier."""
+
+
+@dataclass
 class TrainingSection:
     """A chosen few of transformers.TrainingArguments."""
 
@@ -219,10 +238,21 @@ class EvaluationSection:
 class FrontierSection:
     """The grid of runs."""
 
-    methods: list[Literal["full", "lora", "dp_lora", "sani", "repair_only"]] = field(
-        default_factory=lambda: ["full", "lora", "dp_lora", "sani"]
-    )
-    """Methods; repair_only is sani with erase_fraction 0. Both start from the `full` run of the same seed."""
+    methods: list[
+        Literal[
+            "full",
+            "lora",
+            "dp_lora",
+            "sani",
+            "repair_only",
+            "gradient_ascent",
+            "gradient_difference",
+            "npo",
+            "task_vector",
+        ]
+    ] = field(default_factory=lambda: ["full", "lora", "dp_lora", "sani"])
+    """Methods; repair_only is sani with erase_fraction 0, the last four are the objectives of unlearn. From sani on,
+    all start from the `full` run of the same seed."""
     epsilons: list[float] = field(default_factory=lambda: [1.0, 8.0])
     """Target epsilons of dp_lora."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -238,12 +268,13 @@ class Recipe:
     model: ModelSection
     data: DataSection
     method: Method = "lora"
-    """full | lora | dp_lora | sani"""
+    """full | lora | dp_lora | sani | unlearn"""
     task: Literal["causal_lm", "masked_lm", "classification"] = "causal_lm"
     """causal_lm | masked_lm | classification"""
     lora: LoraSection = field(default_factory=LoraSection)
     privacy: PrivacySection = field(default_factory=PrivacySection)
     sani: SaniSection = field(default_factory=SaniSection)
+    unlearn: UnlearnSection = field(default_factory=UnlearnSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     frontier: FrontierSection = field(default_factory=FrontierSection)

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import yaml
 
 from dpmed.errors import InputError
-from dpmed.recipe import Recipe
+from dpmed.recipe import Objective, Recipe
 from dpmed.recipe_values import (
     RecipeDumper,
     Values,
@@ -115,6 +115,10 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sani.score_windows": _COUNT,
     "sani.k": _COUNT,
     "sani.kl": _NOT_NEGATIVE,
+    "unlearn.beta": _POSITIVE,
+    "unlearn.retain_weight": _NOT_NEGATIVE,
+    "unlearn.alpha": _POSITIVE,
+    "unlearn.k": _COUNT,
     "training.epochs": _POSITIVE,
     "training.learning_rate": _POSITIVE,
     "training.batch_size": _COUNT,
@@ -156,6 +160,12 @@ def check_recipe(recipe: Recipe, *, frontier: bool = False) -> None:
     if sani and recipe.task == "classification":
         raise InputError(
             f"{key}: {sani[0]} repairs a language model, not a classifier: set task to causal_lm or masked_lm, "
+            "or name another method"
+        )
+    unlearn = [method for method in methods if method in ("unlearn", *get_args(Objective))]
+    if unlearn and recipe.task == "classification":
+        raise InputError(
+            f"{key}: {unlearn[0]} works on a language model, not a classifier: set task to causal_lm or masked_lm, "
             "or name another method"
         )
     if frontier:
