@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dpmed.trainers.full import FullTrainer, FullTrainingConfig
     from dpmed.trainers.lora import LoRATrainer, LoRATrainingConfig
     from dpmed.trainers.sani import SANITrainer, SANITrainingConfig
+    from dpmed.trainers.unlearn import UnlearnTrainer, UnlearnTrainingConfig
 
     __version__: str
 
@@ -39,6 +40,8 @@ _MODULES = {
     "SANITrainer": "dpmed.trainers.sani",
     "SANITrainingConfig": "dpmed.trainers.sani",
     "TaskSpec": "dpmed.data.tasks",
+    "UnlearnTrainer": "dpmed.trainers.unlearn",
+    "UnlearnTrainingConfig": "dpmed.trainers.unlearn",
     "audit_epsilon": "dpmed.privacy.audit",
     "build_report": "dpmed.report.build",
     "load_records": "dpmed.data.records",
@@ -61,6 +64,8 @@ __all__ = [
     "SANITrainer",
     "SANITrainingConfig",
     "TaskSpec",
+    "UnlearnTrainer",
+    "UnlearnTrainingConfig",
     "__version__",
     "audit_epsilon",
     "build_report",

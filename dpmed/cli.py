@@ -28,7 +28,7 @@ from dpmed.recipe import Recipe
 Result = dict[str, Any]
 
 # The recipe keys that a verb takes as flags; a name with a dot at its end stands for a section.
-TRAIN_KEYS = ("method", "task", "model.", "data.", "lora.", "privacy.", "sani.", "training.", "evaluation.")
+TRAIN_KEYS = ("method", "task", "model.", "data.", "lora.", "privacy.", "sani.", "unlearn.", "training.", "evaluation.")
 FRONTIER_KEYS = (*TRAIN_KEYS, "frontier.")
 EVALUATE_KEYS = ("task", "model.revision", "model.pooling", "data.", "evaluation.")
 TAG_KEYS = ("data.",)

@@ -178,9 +178,7 @@ def add_tag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plant(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "data", metavar="DATA", help="training records: csv, jsonl, parquet, or a saved folder"
-    )
+    parser.add_argument("data", metavar="DATA", help="training records: csv, jsonl, parquet, or a saved folder")
     _output(parser, resume=False)
     parser.add_argument("--n", type=_at_least_one, required=True, help="canary patients; about half will be planted")
     parser.add_argument("--designs", type=_words, metavar="D,...", help="random_tokens, identifiers, rare_bigrams")

@@ -58,7 +58,7 @@ def _figure_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
                 f"{part}.{name}",
                 _number(figure["value"]),
                 f"{_number(figure.get('low'))} to {_number(figure.get('high'))}",
-                {"better": "\u2191", "worse": "\u2193"}.get(figure.get("higher_is"), ""),
+                {"better": "\u2191", "worse": "\u2193"}.get(str(figure.get("higher_is")), ""),
                 *("" if floor is None else _number(floor["value"]) for floor in floors),
             )
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dpmed.environment import versions
 from dpmed.errors import DpmedError, RefutedError, fault_line
 from dpmed.progress import progress
-from dpmed.recipe import Recipe
+from dpmed.recipe import Objective, Recipe
 from dpmed.recipe_io import check_recipe, dump_recipe, merge
 from dpmed.report.build import build_report
 from dpmed.report.points import chosen_leak, non_dominated, points_from_run_folder
@@ -37,6 +37,13 @@ CANNOT_SHOW = (
     "What the base model had seen before fine-tuning is not covered.",
     "The choice among these runs, made by looking at this report, is itself not covered by any epsilon.",
 )
+
+
+SPECIAL_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "repair_only": ("sani", {"sani": {"erase_fraction": 0.0}}),
+    **{name: ("unlearn", {"unlearn": {"objective": name}}) for name in get_args(Objective)},
+}
+"""Methods of a grid that are a recipe's method with a fixed setting."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def grid(recipe: Recipe, output_dir: Path) -> list[Job]:
         jobs.append(Job("base", "base", "base", merge(recipe, {"model": {"path": base, "base": None}})))
     chosen = recipe.frontier.methods
     for seed in recipe.frontier.seeds:
-        repaired = [method for method in chosen if method in ("sani", "repair_only")]
+        repaired = [method for method in chosen if method == "sani" or method in SPECIAL_CASES]
         for method in ["full"] if repaired and "full" not in chosen else []:
             jobs.append(_job(recipe, method, method, seed, {}))
         for method in chosen:
@@ -81,9 +88,8 @@ def _job(
     """One run: the recipe, the method's overrides, then what the grid fixes."""
     changed = merge(recipe, recipe.frontier.overrides.get(method, {}), where=f"frontier.overrides.{method}")
     changed = merge(changed, changes)
-    if method == "repair_only":
-        changed = merge(changed, {"sani": {"erase_fraction": 0.0}})
-    own = "sani" if method == "repair_only" else method
+    own, fixed = SPECIAL_CASES.get(method, (method, {}))
+    changed = merge(changed, fixed)
     changed = merge(changed, {"method": own, "training": {"seed": seed}})
     check_recipe(changed)
     return Job(f"{setting}-s{seed}", setting, method, changed, after)

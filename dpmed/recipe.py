@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Method = Literal["full", "lora", "dp_lora", "sani"]
+Method = Literal["full", "lora", "dp_lora", "sani", "unlearn"]
+Objective = Literal["gradient_ascent", "gradient_difference", "npo", "task_vector"]
 
 
 @dataclass
@@ -113,10 +114,42 @@ class SaniSection:
 
     erase_fraction: float = 0.5
     """Share of feed-forward neurons reset in each erased layer; 0 is repair only."""
-    erase_layers: int = 1
-    """How many of the last transformer blocks are erased."""
+    erase_layers: int | Literal["all"] | list[int] = 1
+    """Which transformer blocks are erased: so many of the last, all, or a list of block numbers from 0."""
+    select: Literal["random", "gradient", "activation"] = "random"
+    """Which neurons: random ones, or those that do most for targets compared with other tokens, by a score."""
+    score_windows: int = 256
+    """gradient and activation: at most so many windows with a target are drawn to score neurons."""
+    reset_to: Literal["init", "base", "zero"] = "init"
+    """What they are reset to: a fresh initialisation, the weights of model.base, or zero, which prunes them."""
+    when: Literal["once", "every_epoch"] = "once"
+    """Erase once, or again before every epoch."""
     identifiers: Literal["direct", "indirect", "all"] = "all"
     """Which identifiers are never a target of the repair."""
+    k: int = 2
+    """A word in the records of fewer than k patients is an indirect identifier."""
+    terms: str | None = None
+    """Text file of confidential terms, one a line, that are the targets instead of identifiers."""
+    repair: Literal["full", "lora"] = "full"
+    """Repair all weights, or train adapters (section lora) that are merged when the weights are saved."""
+    kl: float = 0.0
+    """Weight of the divergence from the checkpoint, on tokens that are no target; 0 is none."""
+
+
+@dataclass
+class UnlearnSection:
+    """Unlearning the identifiers of a trained checkpoint by gradients: what sani is compared with."""
+
+    objective: Objective = "npo"
+    """Gradient ascent, gradient difference, negative preference optimisation, or a negated task vector."""
+    beta: float = 0.1
+    """npo: the larger, the sooner a span counts as forgotten; near 0 it is gradient ascent."""
+    retain_weight: float = 1.0
+    """gradient_difference, npo: weight of the loss on all tokens that are not to be forgotten."""
+    alpha: float = 1.0
+    """task_vector: how much of what was learned about the targets is taken away."""
+    identifiers: Literal["direct", "indirect", "all"] = "all"
+    """Which identifiers are to be forgotten."""
     k: int = 2
     """A word in the records of fewer than k patients is an indirect identifier."""
 
@@ -239,10 +272,21 @@ class ReleaseSection:
 class FrontierSection:
     """The grid of runs."""
 
-    methods: list[Literal["full", "lora", "dp_lora", "sani", "repair_only"]] = field(
-        default_factory=lambda: ["full", "lora", "dp_lora", "sani"]
-    )
-    """Methods; repair_only is sani with erase_fraction 0. Both start from the `full` run of the same seed."""
+    methods: list[
+        Literal[
+            "full",
+            "lora",
+            "dp_lora",
+            "sani",
+            "repair_only",
+            "gradient_ascent",
+            "gradient_difference",
+            "npo",
+            "task_vector",
+        ]
+    ] = field(default_factory=lambda: ["full", "lora", "dp_lora", "sani"])
+    """Methods; repair_only is sani with erase_fraction 0, the last four are the objectives of unlearn. From sani on,
+    all start from the `full` run of the same seed."""
     epsilons: list[float] = field(default_factory=lambda: [1.0, 8.0])
     """Target epsilons of dp_lora."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -258,12 +302,13 @@ class Recipe:
     model: ModelSection
     data: DataSection
     method: Method = "lora"
-    """full | lora | dp_lora | sani"""
+    """full | lora | dp_lora | sani | unlearn"""
     task: Literal["causal_lm", "masked_lm", "classification"] = "causal_lm"
     """causal_lm | masked_lm | classification"""
     lora: LoraSection = field(default_factory=LoraSection)
     privacy: PrivacySection = field(default_factory=PrivacySection)
     sani: SaniSection = field(default_factory=SaniSection)
+    unlearn: UnlearnSection = field(default_factory=UnlearnSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     release: ReleaseSection = field(default_factory=ReleaseSection)

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import yaml
 
 from dpmed.errors import InputError
-from dpmed.recipe import Recipe
+from dpmed.recipe import Objective, Recipe
 from dpmed.recipe_values import (
     RecipeDumper,
     Values,
@@ -111,8 +111,14 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "privacy.buffer_mib": _COUNT,
     "privacy.budget_epsilon": _POSITIVE,
     "sani.erase_fraction": _SHARE,
-    "sani.erase_layers": _COUNT,
+    "sani.erase_layers": ("a number of blocks, all, or block numbers from 0", lambda v: v == "all" or v >= 0),
+    "sani.score_windows": _COUNT,
     "sani.k": _COUNT,
+    "sani.kl": _NOT_NEGATIVE,
+    "unlearn.beta": _POSITIVE,
+    "unlearn.retain_weight": _NOT_NEGATIVE,
+    "unlearn.alpha": _POSITIVE,
+    "unlearn.k": _COUNT,
     "training.epochs": _POSITIVE,
     "training.learning_rate": _POSITIVE,
     "training.batch_size": _COUNT,
@@ -171,6 +177,12 @@ def check_recipe(recipe: Recipe, *, frontier: bool = False) -> None:
     if sani and recipe.task == "classification":
         raise InputError(
             f"{key}: {sani[0]} repairs a language model, not a classifier: set task to causal_lm or masked_lm, "
+            "or name another method"
+        )
+    unlearn = [method for method in methods if method in ("unlearn", *get_args(Objective))]
+    if unlearn and recipe.task == "classification":
+        raise InputError(
+            f"{key}: {unlearn[0]} works on a language model, not a classifier: set task to causal_lm or masked_lm, "
             "or name another method"
         )
     if frontier:

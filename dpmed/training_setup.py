@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from peft import PeftModel
 from dpmed.errors import InputError
 from dpmed.models import load_model
 from dpmed.privacy.ledger import PrivacyLedger, ledger_path
-from dpmed.trainers import METHODS, DPLoRATrainingConfig, SANITrainingConfig
+from dpmed.trainers import METHODS, DPLoRATrainingConfig, SANITrainingConfig, UnlearnTrainingConfig
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 from dpmed.trainers.dp_lora import plan_for
 from dpmed.trainers.lora import lora_config
@@ -36,14 +37,20 @@ def make_trainer(
 ) -> DpmedTrainer:
     """The trainer of a recipe, with its model loaded."""
     torch.manual_seed(recipe.training.seed)  # heads and adapters that are made fresh follow the run's seed
-    model = load_model(recipe.model.path, spec, revision=recipe.model.revision, merge=recipe.method in ("full", "sani"))
+    model = load_model(
+        recipe.model.path, spec, revision=recipe.model.revision, merge=recipe.method in ("full", "sani", "unlearn")
+    )
     if isinstance(model, PeftModel):
         model.set_adapter(str(model.active_adapter))  # training goes on from it; a loaded adapter comes frozen
     else:
         model.requires_grad_(True)  # and so does the base that one was merged into
     trainer, _ = METHODS[recipe.method]
     options: dict[str, Any] = {"spec": spec}
-    if recipe.method in ("lora", "dp_lora"):
+    if recipe.method == "sani" and recipe.sani.reset_to == "base":
+        if recipe.model.base is None:
+            raise InputError("sani.reset_to: base needs the model before fine-tuning: set model.base")
+        options["base_model"] = load_model(recipe.model.base, spec, merge=True)
+    if recipe.method in ("lora", "dp_lora") or (recipe.method == "sani" and recipe.sani.repair == "lora"):
         lora = recipe.lora
         options["peft_config"] = lora_config(
             model,
@@ -105,8 +112,22 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
         )
         values |= {key: getattr(privacy, key) for key in names}
     if config is SANITrainingConfig:
-        names = ("erase_fraction", "erase_layers", "identifiers", "k")
+        names = (
+            "erase_fraction",
+            "erase_layers",
+            "select",
+            "score_windows",
+            "reset_to",
+            "when",
+            "identifiers",
+            "k",
+            "terms",
+            "repair",
+            "kl",
+        )
         values |= {key: getattr(sani, key) for key in names}
+    if config is UnlearnTrainingConfig:
+        values |= asdict(recipe.unlearn)
     clash = sorted(set(training.extra) & set(values))
     if clash:
         raise InputError(f"training.extra.{clash[0]} is set by the recipe's own keys; set it there")

@@ -12,14 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tiny_runs import N_HELDOUT, N_TRAIN, RECORDS_PER_UNIT, World, figures, files, make_world
 
 from dpmed.errors import DpmedError, InputError
 from dpmed.frontier import grid, run_frontier
-from dpmed.recipe import Recipe
+from dpmed.recipe import Objective, Recipe
 from dpmed.recipe_io import dump_recipe, merge
 from dpmed.runs import last_checkpoint
 
@@ -69,6 +69,20 @@ def test_an_override_of_the_fraction_does_not_make_repair_only_erase(world: Worl
     jobs = grid(recipe_for(world, ["sani", "repair_only"], frontier={"overrides": overrides}), tmp_path)
     fractions = {job.name: job.recipe.sani.erase_fraction for job in jobs if job.recipe.method == "sani"}
     assert fractions == {"sani-s0": 0.25, "repair_only-s0": 0.0}
+
+
+def test_the_objectives_of_unlearning_are_methods_of_a_grid(world: World, tmp_path: Path) -> None:
+    """Each starts from the full run of its seed, and an override cannot make one another."""
+    objectives = get_args(Objective)
+    overrides = {"npo": {"unlearn": {"objective": "task_vector", "beta": 0.5}}}
+    jobs = grid(recipe_for(world, list(objectives), frontier={"overrides": overrides}), tmp_path)
+    assert [job.name for job in jobs] == ["base", "full-s0", *(f"{name}-s0" for name in objectives)]
+    made = {job.method: job for job in jobs if job.method in objectives}
+    assert {name: (job.recipe.method, job.recipe.unlearn.objective) for name, job in made.items()} == {
+        name: ("unlearn", name) for name in objectives
+    }
+    assert {job.after for job in made.values()} == {"full-s0"}
+    assert (made["npo"].recipe.unlearn.beta, made["gradient_ascent"].recipe.unlearn.beta) == (0.5, 0.1)
 
 
 def test_the_base_model_has_one_run_where_it_can_be_measured(world: World, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dpmed.models import read_task_card
 from dpmed.recipe import Recipe
 from dpmed.recipe_io import dump_recipe, load_recipe
 
-METHODS = ("full", "lora", "dp_lora", "sani", "sani_from_lora")
+METHODS = ("full", "lora", "dp_lora", "sani", "sani_from_lora", "unlearn")
 N_RECORDS = N_TRAIN * RECORDS_PER_UNIT
 
 
@@ -46,8 +46,8 @@ def finished(world: World) -> Callable[[str], Path]:
 
 
 def recipe_of(world: World, name: str, finished: Callable[[str], Path]) -> Recipe:
-    if name == "sani":
-        return world.recipe("sani", model={"path": str(finished("full") / "model"), "base": str(world.base)})
+    if name in ("sani", "unlearn"):
+        return world.recipe(name, model={"path": str(finished("full") / "model"), "base": str(world.base)})
     if name == "sani_from_lora":
         return world.recipe("sani", model={"path": str(finished("lora") / "adapter"), "base": str(world.base)})
     return world.recipe(name)

@@ -33,6 +33,8 @@ class Collator:
         spec: the task.
         never_target: identifiers whose tokens are never the target of a loss (SANI's repair); they stay visible as
             context. None trains on everything.
+        forget: identifiers whose tokens are marked, for losses that unlearn them; masked LM then masks words of theirs
+            as well as other words. None marks nothing.
         masks: numbers in [0, 1) that choose masked words; the default is torch's global generator, which the run's seed
             sets and a checkpoint restores.
     """
@@ -43,10 +45,12 @@ class Collator:
         spec: TaskSpec,
         *,
         never_target: Targets | None = None,
+        forget: Targets | None = None,
         masks: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self.spec = spec
         self.never_target: Targets | None = never_target
+        self.forget: Targets | None = forget
         self.pad_id = pad_token_id(tokenizer)
         self.mask_id = tokenizer.mask_token_id
         self.vocabulary = len(tokenizer)
@@ -56,7 +60,9 @@ class Collator:
         """Collate examples.
 
         Returns: input_ids, attention_mask [b, t], unit [b]; `targets` (token ids) and `weights` [b, t] for language
-        models, where a weight of 0 means "not a target"; `targets` [b] or [b, l] for classification.
+        models, where a weight of 0 means "not a target"; `targets` [b] or [b, l] for classification. With `forget`,
+        also `forget` [b, t] for language models: the number of a token's identifier in its example, from 1; 0 elsewhere
+        and (masked LM) where the token is not to be predicted.
         """
         longest = max(len(e.input_ids) for e in examples)
         input_ids = np.full((len(examples), longest), self.pad_id, dtype=np.int64)
@@ -70,6 +76,14 @@ class Collator:
         else:
             batch["targets"] = torch.from_numpy(input_ids.copy())
             weights = np.stack([self._weights(e, longest) for e in examples])
+            if self.forget is not None:
+                marks = np.stack([self._marks(e, longest, self.forget) for e in examples])
+                if self.spec.kind == "masked_lm":
+                    for row, example in enumerate(examples):
+                        drawn = (marks[row] > 0).astype(np.float32)
+                        self._mask(example, input_ids[row], drawn)
+                        marks[row][drawn == 0] = 0
+                batch["forget"] = torch.from_numpy(marks)
             if self.spec.kind == "masked_lm":
                 for row, example in enumerate(examples):
                     self._mask(example, input_ids[row], weights[row])
@@ -92,6 +106,13 @@ class Collator:
                 if covers(self.never_target, span.source):
                     weights[span.start : span.end] = 0.0
         return weights
+
+    def _marks(self, example: Example, longest: int, which: Targets) -> np.ndarray:
+        """Which identifier each token belongs to, int64 [t], from 1."""
+        marks = np.zeros(longest, dtype=np.int64)
+        for number, span in enumerate((s for s in example.spans if covers(which, s.source)), start=1):
+            marks[span.start : span.end] = number
+        return marks
 
     def _mask(self, example: Example, input_ids: np.ndarray, weights: np.ndarray) -> None:
         """Draw whole words as targets, in place: 80 % become the mask token, 10 % a random one, 10 % stay."""
@@ -187,7 +208,7 @@ def per_record_loss(logits: Tensor, batch: Batch, spec: TaskSpec) -> Tensor:
             return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(dim=1)
         return F.cross_entropy(logits.float(), targets, reduction="none")
     targets, weights = language_targets(batch, spec)
-    return mean_by_record(_token_losses(logits, targets, weights > 0), weights)
+    return mean_by_record(token_losses(logits, targets, weights > 0), weights)
 
 
 def language_targets(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:
@@ -203,7 +224,7 @@ def mean_by_record(losses: Tensor, weights: Tensor) -> Tensor:
     return (losses * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
-def _token_losses(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+def token_losses(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
     """Cross-entropy [b, t] where `counted`, else 0; in the cheaper of two ways that give the same.
 
     Picking out the counted logits copies them, which is dearer than a softmax that most positions need anyway.

@@ -20,6 +20,11 @@ COLOURS = {
     "dp_lora": "#0072b2",
     "sani": "#00795a",
     "repair_only": "#a8457f",
+    "unlearn": "#1f1f1f",
+    "gradient_ascent": "#8c2d04",
+    "gradient_difference": "#5e3c99",
+    "npo": "#2c7c94",
+    "task_vector": "#5f6b00",
 }
 SHAPES = {
     "base": "cross",
@@ -28,6 +33,11 @@ SHAPES = {
     "dp_lora": "circle",
     "sani": "triangle-up",
     "repair_only": "triangle-down",
+    "unlearn": "triangle",
+    "gradient_ascent": "arrow",
+    "gradient_difference": "triangle-left",
+    "npo": "triangle-right",
+    "task_vector": "stroke",
 }
 AXIS_TITLES = {
     "identifier_extraction_rate": "Identifier extraction rate (lower is better)",

@@ -9,7 +9,10 @@ from typing import Any
 from dpmed.report.points import Point, finite, lookup, non_dominated
 from dpmed.report.points import chosen_leak as points_leak
 
-METHOD_ORDER = ("base", "full", "lora", "dp_lora", "sani", "repair_only")
+METHOD_ORDER = (
+    *("base", "full", "lora", "dp_lora", "sani", "repair_only"),
+    *("unlearn", "gradient_ascent", "gradient_difference", "npo", "task_vector"),
+)
 UTILITY_KEYS = ("f1_weighted", "f1_macro", "f1_micro", "accuracy", "perplexity")
 
 

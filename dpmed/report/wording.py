@@ -25,6 +25,11 @@ METHOD_NAMES = {
     "dp_lora": "DP-LoRA",
     "sani": "SANI",
     "repair_only": "Repair only",
+    "unlearn": "Unlearning",
+    "gradient_ascent": "Gradient ascent",
+    "gradient_difference": "Gradient difference",
+    "npo": "NPO",
+    "task_vector": "Negated task vector",
 }
 _PERCENT_KEYS = re.compile(r"extraction|_rate|tpr_at_fpr|leak")
 

@@ -4,12 +4,14 @@ from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig
 from dpmed.trainers.full import FullTrainer, FullTrainingConfig
 from dpmed.trainers.lora import LoRATrainer, LoRATrainingConfig
 from dpmed.trainers.sani import SANITrainer, SANITrainingConfig
+from dpmed.trainers.unlearn import UnlearnTrainer, UnlearnTrainingConfig
 
 METHODS = {
     "full": (FullTrainer, FullTrainingConfig),
     "lora": (LoRATrainer, LoRATrainingConfig),
     "dp_lora": (DPLoRATrainer, DPLoRATrainingConfig),
     "sani": (SANITrainer, SANITrainingConfig),
+    "unlearn": (UnlearnTrainer, UnlearnTrainingConfig),
 }
 
 __all__ = [
@@ -22,4 +24,6 @@ __all__ = [
     "LoRATrainingConfig",
     "SANITrainer",
     "SANITrainingConfig",
+    "UnlearnTrainer",
+    "UnlearnTrainingConfig",
 ]

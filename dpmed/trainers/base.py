@@ -67,6 +67,7 @@ class DpmedTrainer(Trainer):
     """
 
     never_target: Targets | None = None
+    forget: Targets | None = None
     several_devices = False
     """Whether the method's step is right when several processes share it."""
     model: nn.Module
@@ -94,7 +95,7 @@ class DpmedTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(processing_class, self.spec, never_target=self.never_target),
+            data_collator=Collator(processing_class, self.spec, never_target=self.never_target, forget=self.forget),
             train_dataset=_encoded(train_dataset, processing_class, self.spec, args, prepare=self.prepare_records),
             eval_dataset=None if eval_dataset is None else _encoded(eval_dataset, processing_class, self.spec, args),
             processing_class=processing_class,

@@ -1,48 +1,52 @@
 """SANI: sanitise a checkpoint that is already trained. Erase neurons, then repair without ever learning an identifier.
 
-1. erase: a random share of the feed-forward neurons of the last block is set back to a fresh initialisation;
-2. repair: fine-tune for one or two epochs with a loss in which no identifier token is ever a target (causal), or with a
-   mask that never falls on one (masked LM). Identifiers stay visible as context.
+1. erase: a share of the feed-forward neurons of some blocks is reset (see `erasure`), when the trainer is made, or
+   also before every further epoch;
+2. repair: fine-tune for one or two epochs with a loss in which no target token ever counts (causal), or with a mask
+   that never falls on one (masked LM). Targets stay visible as context.
 
-From the paper (arXiv 2510.21322): the two phases and their aim. Second-hand (its public reviews): half of the neurons
-of the last layer, at random, one to two epochs. Ours, since it could not be found: a neuron is a hidden unit of the
-feed-forward
-block (its row in the up and gate projection with bias, its column in the down projection), reset to the model's own
-initialisation, once. Identifiers follow arXiv 2501.02407 (see `tag_identifiers`).
+From the paper (arXiv 2510.21322): the two phases, their aim, and that targets are identifiers or a list of confidential
+terms. Second-hand (its public reviews): half of the neurons of the last layer, at random, one to two epochs. Ours: all
+else, see docs/methods/sani.md. Identifiers follow arXiv 2501.02407 (see `tag_identifiers`).
 """
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.pytorch_utils import Conv1D
 
-from dpmed.data.identifiers import tag_identifiers
+from dpmed.data.batches import Batch, language_targets, mean_by_record, per_record_loss
+from dpmed.data.identifiers import Span, tag_identifiers, with_spans
+from dpmed.data.matching import KnownValues
 from dpmed.data.tasks import EncodedRecords, Targets, TaskSpec, covers
 from dpmed.errors import InputError
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
+from dpmed.trainers.erasure import (
+    LAYOUTS,
+    ResetTo,
+    Select,
+    chosen_blocks,
+    erase_neurons,
+    feed_forwards,
+    neuron_scores,
+    score_batches,
+)
+from dpmed.trainers.lora import with_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
-LAYOUTS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "bert": ("bert.encoder.layer", ("intermediate.dense",), "output.dense"),
-    "roberta": ("roberta.encoder.layer", ("intermediate.dense",), "output.dense"),
-    "gpt2": ("transformer.h", ("mlp.c_fc",), "mlp.c_proj"),
-    "gpt_neo": ("transformer.h", ("mlp.c_fc",), "mlp.c_proj"),
-    "gpt_neox": ("gpt_neox.layers", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
-    "llama": ("model.layers", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    "mistral": ("model.layers", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    "qwen2": ("model.layers", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    "qwen3": ("model.layers", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-}
-"""Model type -> list of blocks, projections into the feed-forward block, projection out of it."""
+__all__ = ["LAYOUTS", "SANITrainer", "SANITrainingConfig", "divergence_by_record", "erase_neurons", "read_terms"]
 
 
 @dataclass
@@ -50,23 +54,35 @@ class SANITrainingConfig(TrainingConfig):
     """Configuration of `SANITrainer`."""
 
     erase_fraction: float = field(default=0.5, metadata={"help": "share of neurons reset per block; 0 is repair only"})
-    erase_layers: int = field(default=1, metadata={"help": "how many of the last blocks"})
+    erase_layers: Any = field(default=1, metadata={"help": "a number of last blocks, all, or block numbers from 0"})
+    select: Select = field(default="random", metadata={"help": "random, gradient or activation"})
+    score_windows: int = field(default=256, metadata={"help": "windows by which neurons are scored"})
+    reset_to: ResetTo = field(default="init", metadata={"help": "init, base or zero"})
+    when: Literal["once", "every_epoch"] = field(default="once", metadata={"help": "once or every_epoch"})
     identifiers: Targets = field(default="all", metadata={"help": "direct, indirect or all are never a target"})
     k: int = field(default=2, metadata={"help": "a word of fewer than k patients is an indirect identifier"})
+    terms: str | None = field(default=None, metadata={"help": "file of terms that are targets instead of identifiers"})
+    repair: Literal["full", "lora"] = field(default="full", metadata={"help": "all weights, or adapters"})
+    kl: float = field(default=0.0, metadata={"help": "weight of the divergence from the checkpoint"})
 
 
 class SANITrainer(DpmedTrainer):
-    """Erases when training starts, then repairs all weights.
+    """Erases when it is made, then repairs.
 
     Args:
         model: the checkpoint to sanitise; an adapter must be merged first (`load_model(..., merge=True)`).
         train_dataset: the records that the checkpoint was trained on, with `identifiers` where they are known.
+        base_model: the model before fine-tuning, for `reset_to` base.
+        peft_config: adapters that learn the repair, for `repair` lora. `save_weights` merges them.
         The others: see `DpmedTrainer`.
 
     Attributes:
-        erased: block number -> how many of its neurons were reset.
+        erased: block number -> how many of its neurons were reset (each time).
 
-    Raises: InputError for a classification task, a layout that is not known, or records without any identifier.
+    Guarantee: resumed from a checkpoint, it ends as if it had never stopped: a full repair takes all weights from the
+    checkpoint, and a LoRA repair erases the same neurons in the same way, below the checkpoint's adapters.
+    Raises: InputError for a classification task, a layout that is not known, records without any target, or options
+    that do not go together.
     """
 
     args: SANITrainingConfig
@@ -81,79 +97,168 @@ class SANITrainer(DpmedTrainer):
         *,
         spec: TaskSpec | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        base_model: nn.Module | None = None,
+        peft_config: LoraConfig | None = None,
     ) -> None:
         if (spec.kind if spec else args.task) == "classification":
             raise InputError("sani repairs language models; for a classifier use full, lora or dp_lora")
-        if not 0 <= args.erase_fraction <= 1:
-            raise InputError(f"sani.erase_fraction is {args.erase_fraction}; choose a share between 0 and 1")
-        self.never_target = args.identifiers
+        _check(args, model, train_dataset)
+        self.never_target = "direct" if args.terms else args.identifiers
+        reference = copy.deepcopy(model) if args.kl else None  # before anything is erased
+        if args.repair == "lora":
+            model = with_adapters(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, spec=spec, callbacks=callbacks)
         spans = (s for e in self.train_dataset.examples for s in e.spans)
-        if not any(covers(args.identifiers, s.source) for s in spans):
+        if not any(covers(self.never_target, s.source) for s in spans):
             raise InputError(
-                "sani found no identifier in the records: name data.identifiers, or use sani.identifiers: all"
+                "sani found no term of sani.terms in the records: name terms that stand in them"
+                if args.terms
+                else "sani found no identifier in the records: name data.identifiers, or use sani.identifiers: all"
             )
-        generator = torch.Generator().manual_seed(args.seed)
-        self.erased = erase_neurons(
-            self.model, fraction=args.erase_fraction, n_layers=args.erase_layers, generator=generator
-        )
+        self.reference = None if reference is None else reference.eval().requires_grad_(False).to(args.device)
+        self.erased = self.erase(epoch=0, base=base_model)
+        if args.when == "every_epoch":
+            self.add_callback(_EraseEachEpoch(self, base_model))
 
     def prepare_records(self, records: Dataset, args: SANITrainingConfig) -> Dataset:
-        """Extends the known identifiers over the text, and adds the rare words."""
+        """Finds the terms; or extends the known identifiers over the text, and adds the rare words."""
+        if args.terms:
+            return with_spans(records, term_spans(list(records["text"]), read_terms(args.terms)))
         return tag_identifiers(records, k=args.k, indirect=args.identifiers != "direct")
 
+    def erase(self, *, epoch: int, base: nn.Module | None = None) -> dict[int, int]:
+        """Choose and reset neurons; which ones follows from seed, epoch, records and weights.
 
-def erase_neurons(model: nn.Module, *, fraction: float, n_layers: int, generator: torch.Generator) -> dict[int, int]:
-    """Reset a random share of the feed-forward neurons of the last blocks to a fresh initialisation, in place.
+        Returns: block number -> number of neurons reset.
+        """
+        args = self.args
+        generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)  # torch reads 32 bits of it
+        scores = None
+        if args.select != "random" and args.erase_fraction > 0:
+            batches = score_batches(
+                self.train_dataset.examples,
+                self.processing_class,
+                self.spec,
+                which=self.never_target or "all",
+                n_windows=args.score_windows,
+                batch_size=args.train_batch_size,
+                generator=generator,
+            )
+            scores = neuron_scores(self.model, batches, self.spec, layers=args.erase_layers, by=args.select)
+        return erase_neurons(
+            self.model,
+            fraction=args.erase_fraction,
+            layers=args.erase_layers,
+            generator=generator,
+            scores=scores,
+            reset_to=args.reset_to,
+            base=base,
+        )
+
+    def record_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of each example [b]; in training, and with `kl`, the divergence from the checkpoint is added."""
+        if self.reference is None or not model.training:
+            return super().record_losses(model, batch)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        logits = model(**inputs).logits
+        with torch.no_grad():
+            original = self.reference(**inputs).logits
+        far = divergence_by_record(logits, original, batch, self.spec)
+        return per_record_loss(logits, batch, self.spec) + self.args.kl * far
+
+    def save_weights(self, folder: str | Path) -> Path:
+        """As the base class does; adapters of a LoRA repair are merged, since they belong to the erased model alone."""
+        repaired = self.model
+        if not isinstance(repaired, PeftModel):
+            return super().save_weights(folder)
+        try:
+            self.model = copy.deepcopy(repaired).merge_and_unload()  # pyright: ignore[reportCallIssue]
+            return super().save_weights(folder)
+        finally:
+            self.model = repaired
+
+
+class _EraseEachEpoch(TrainerCallback):
+    """Erases anew before each epoch but the first, which the trainer's own erasure precedes."""
+
+    def __init__(self, trainer: SANITrainer, base: nn.Module | None) -> None:
+        self.trainer, self.base = trainer, base
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        epoch = round(state.epoch or 0)
+        if epoch > 0 and state.epoch == epoch:  # a run that is resumed within an epoch has erased before it
+            self.trainer.erase(epoch=epoch, base=self.base)
+
+
+def divergence_by_record(logits: Tensor, original: Tensor, batch: Batch, spec: TaskSpec) -> Tensor:
+    """Kullback-Leibler divergence KL(original || repaired) of each example, a mean over its counted tokens.
+
+    Shapes: b = examples, t = tokens, v = vocabulary.
 
     Args:
-        model: a transformers language model of a known layout.
-        fraction: share of neurons per block; 0 changes nothing.
-        n_layers: how many of the last blocks.
-        generator: chooses the neurons and draws their new weights.
+        logits: of the model in repair, [b, t, v].
+        original: of the checkpoint before erasure, [b, t, v].
+        batch: what `Collator` made; where its weights are 0, as at targets of sanitising, nothing counts.
+        spec: the task.
 
-    Returns: block number -> number of neurons reset.
-    Raises: InputError if the layout is not known or there are fewer blocks.
+    Returns: [b], float32, in nats. An example without any counted token has 0.
     """
-    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
-    if config.model_type not in LAYOUTS:
-        known = ", ".join(sorted(LAYOUTS))
-        raise InputError(f"sani does not know where {config.model_type!r} models keep their neurons; known: {known}")
-    path, into, out_of = LAYOUTS[config.model_type]
-    blocks = model.get_submodule(path)
-    total = len(list(blocks.children()))
-    if not 1 <= n_layers <= total:
-        raise InputError(f"sani.erase_layers is {n_layers}; the model has {total} blocks")
-    erased: dict[int, int] = {}
-    for number in range(total - n_layers, total):
-        block = blocks.get_submodule(str(number))
-        ups = [block.get_submodule(name) for name in into]
-        width = _weight(ups[0]).shape[0]
-        chosen = torch.randperm(width, generator=generator)[: math.floor(fraction * width)]
-        _reset(ups, block.get_submodule(out_of), chosen, std=config.initializer_range, generator=generator)
-        erased[number] = len(chosen)
-    return erased
+    _, weights = language_targets(batch, spec)
+    counted = weights > 0
+    old = original[counted].float().log_softmax(dim=1)
+    new = logits[counted].float().log_softmax(dim=1)
+    far = F.kl_div(new, old, reduction="none", log_target=True).sum(dim=1)
+    at = counted.flatten().nonzero().squeeze(1)
+    return mean_by_record(torch.zeros_like(weights).flatten().index_put((at,), far).view_as(weights), weights)
 
 
-@torch.no_grad()
-def _reset(
-    ups: Sequence[nn.Module], down: nn.Module, neurons: Tensor, *, std: float, generator: torch.Generator
-) -> None:
-    """Fresh rows into the feed-forward block (bias 0), fresh columns out of it."""
-    for up in ups:
-        rows = _weight(up)  # [neurons, inputs]
-        rows[neurons] = _normal(len(neurons), rows.shape[1], std, generator).to(rows)
-        if up.bias is not None:
-            up.bias[neurons] = 0.0  # pyright: ignore[reportIndexIssue]
-    columns = _weight(down)  # [outputs, neurons]
-    columns[:, neurons] = _normal(columns.shape[0], len(neurons), std, generator).to(columns)
+def read_terms(path: str | Path) -> list[str]:
+    """The terms of a UTF-8 text file, one a line; blank lines are left out.
+
+    Raises: InputError if the file cannot be read or holds no term.
+    """
+    file = Path(path).expanduser()
+    try:
+        terms = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        kind = type(error).__name__
+        raise InputError(f"sani.terms: {file}: cannot be read as UTF-8 text ({kind})") from None
+    if not any(terms):
+        raise InputError(f"sani.terms: {file}: holds no term; name a file with one term a line, or null")
+    return [term for term in terms if term]
 
 
-def _normal(rows: int, columns: int, std: float, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=generator) * std
+def term_spans(texts: Sequence[str], terms: Sequence[str]) -> list[list[Span]]:
+    """Where the terms stand in each text, as whole words, whatever their case: spans of type TERM, source known."""
+    known = KnownValues(terms, ["TERM"] * len(terms))
+    return [
+        [{"start": m.start, "end": m.end, "type": "TERM", "source": "known"} for m in known.find(text)]
+        for text in texts
+    ]
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    """The layer's weight as [outputs, inputs]; GPT-2's Conv1D keeps it transposed."""
-    weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
-    return weight.data.T if isinstance(layer, Conv1D) else weight.data
+def _check(args: SANITrainingConfig, model: nn.Module, records: Dataset | EncodedRecords) -> None:
+    """Refuse what cannot work before records are encoded or weights copied."""
+    if not 0 <= args.erase_fraction <= 1:
+        raise InputError(f"sani.erase_fraction is {args.erase_fraction}; choose a share between 0 and 1")
+    choices = {
+        "select": ("random", "gradient", "activation"),
+        "reset_to": ("init", "base", "zero"),
+        "when": ("once", "every_epoch"),
+        "repair": ("full", "lora"),
+    }
+    for name, known in choices.items():
+        if getattr(args, name) not in known:
+            raise InputError(f"sani.{name} is {getattr(args, name)!r}; choose one of {', '.join(known)}")
+    if not 0 <= args.kl < float("inf"):
+        raise InputError(f"sani.kl is {args.kl}; choose a number of 0 or more")
+    if args.score_windows < 1:
+        raise InputError(f"sani.score_windows is {args.score_windows}; choose a whole number of at least 1")
+    if args.repair == "lora" and args.when == "every_epoch":
+        raise InputError(
+            "sani.when: every_epoch would erase below adapters that have learned: set sani.repair to full, or "
+            "sani.when to once"
+        )
+    if args.terms and isinstance(records, EncodedRecords):
+        raise InputError("sani.terms are looked for in text: pass records that are not encoded yet")
+    chosen_blocks(args.erase_layers, len(feed_forwards(model)))

@@ -1,4 +1,4 @@
-"""SANI: exactly the chosen neurons are reset, and the repair never learns an identifier."""
+"""SANI: the repair never learns a target, and its options do what they say; erasure itself: test_erasure.py."""
 
 from __future__ import annotations
 
@@ -14,29 +14,14 @@ import tiny_models
 from dpmed.data.batches import Collator, per_record_loss
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
-from dpmed.trainers.sani import SANITrainer, SANITrainingConfig, erase_neurons
-
-KINDS: tuple[tiny_models.Kind, ...] = ("bert", "gpt2", "llama", "qwen2")
-# block prefix, weights whose row is a neuron, weight whose column is one, biases with an entry per neuron
-PARTS: dict[str, tuple[str, tuple[str, ...], str, tuple[str, ...]]] = {
-    "bert": (
-        "bert.encoder.layer.{}.",
-        ("intermediate.dense.weight",),
-        "output.dense.weight",
-        ("intermediate.dense.bias",),
-    ),
-    "gpt2": ("transformer.h.{}.", ("mlp.c_fc.weight",), "mlp.c_proj.weight", ("mlp.c_fc.bias",)),
-    "llama": ("model.layers.{}.", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.down_proj.weight", ()),
-    "qwen2": ("model.layers.{}.", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.down_proj.weight", ()),
-}
+from dpmed.models import load_model
+from dpmed.trainers.full import FullTrainer, FullTrainingConfig
+from dpmed.trainers.lora import lora_config
+from dpmed.trainers.sani import SANITrainer, SANITrainingConfig, divergence_by_record
 
 
 def state(model: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def biased(kind: tiny_models.Kind, **changes: Any) -> Any:
@@ -46,103 +31,6 @@ def biased(kind: tiny_models.Kind, **changes: Any) -> Any:
         if name.endswith("bias"):
             parameter.data.fill_(0.5)
     return model
-
-
-def as_rows(kind: str, weight: Tensor) -> Tensor:
-    """[outputs, inputs]; GPT-2 stores the transpose."""
-    return weight.T if kind == "gpt2" and weight.dim() == 2 else weight
-
-
-def changed_neurons(kind: str, before: dict[str, Tensor], after: dict[str, Tensor], block: int) -> set[int]:
-    """The neurons of a block that differ, which must be the same in every one of its matrices."""
-    prefix, ups, down, biases = PARTS[kind]
-    prefix = prefix.format(block)
-
-    def differs(name: str) -> Tensor:
-        return as_rows(kind, before[prefix + name] != after[prefix + name])
-
-    hits = [*(differs(up).all(dim=1) for up in ups), differs(down).all(dim=0), *(differs(bias) for bias in biases)]
-    found = [set(hit.nonzero().flatten().tolist()) for hit in hits]
-    assert all(neurons == found[0] for neurons in found), "a neuron was reset in one matrix and not in another"
-    return found[0]
-
-
-def restored(kind: str, before: dict[str, Tensor], after: dict[str, Tensor], block: int, neurons: set[int]) -> None:
-    """Put the old values of these neurons back into `after`, in place."""
-    prefix, ups, down, biases = PARTS[kind]
-    prefix, rows = prefix.format(block), sorted(neurons)
-    for up in ups:
-        as_rows(kind, after[prefix + up])[rows] = as_rows(kind, before[prefix + up])[rows]
-    as_rows(kind, after[prefix + down])[:, rows] = as_rows(kind, before[prefix + down])[:, rows]
-    for bias in biases:
-        after[prefix + bias][rows] = before[prefix + bias][rows]
-
-
-@pytest.mark.parametrize("n_layers", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_exactly_the_chosen_neurons_of_the_last_blocks_are_reset(kind: tiny_models.Kind, n_layers: int) -> None:
-    model = biased(kind, num_hidden_layers=3) if kind != "gpt2" else biased(kind, n_layer=3)
-    before = state(model)
-    erased = erase_neurons(model, fraction=0.5, n_layers=n_layers, generator=generator())
-    after = state(model)
-    assert list(erased) == list(range(3 - n_layers, 3))
-    for block, count in erased.items():
-        neurons = changed_neurons(kind, before, after, block)
-        width = after[PARTS[kind][0].format(block) + PARTS[kind][1][0]].numel() // tiny_models.HIDDEN
-        assert len(neurons) == count == width // 2
-        restored(kind, before, after, block, neurons)
-    assert all(torch.equal(before[name], after[name]) for name in before)  # nothing else
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fraction_zero_changes_nothing_and_one_resets_all(kind: tiny_models.Kind) -> None:
-    model = biased(kind)
-    before = state(model)
-    assert erase_neurons(model, fraction=0.0, n_layers=1, generator=generator()) == {1: 0}
-    assert all(torch.equal(before[name], value) for name, value in state(model).items())
-    erased = erase_neurons(model, fraction=1.0, n_layers=1, generator=generator())
-    assert len(changed_neurons(kind, before, state(model), 1)) == erased[1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_reset_neurons_are_as_freshly_initialised(kind: tiny_models.Kind) -> None:
-    sizes = {"n_inner": 1024} if kind == "gpt2" else {"intermediate_size": 1024}
-    model = biased(kind, initializer_range=0.05, **sizes)
-    for name, parameter in model.named_parameters():
-        if not name.endswith("bias"):
-            parameter.data.fill_(7.0)
-    erase_neurons(model, fraction=0.5, n_layers=1, generator=generator())
-    prefix, ups, down, biases = PARTS[kind]
-    after = state(model)
-    for name in (*ups, down):
-        fresh = after[prefix.format(1) + name]
-        fresh = fresh[fresh != 7.0]
-        assert fresh.numel() == 512 * tiny_models.HIDDEN
-        assert abs(float(fresh.std()) / 0.05 - 1) < 0.05  # 16384 numbers: 9 standard errors
-        assert abs(float(fresh.mean())) < 0.05 * 6 / 16384**0.5
-    for name in biases:
-        assert sorted(after[prefix.format(1) + name].unique().tolist()) == [0.0, 0.5]
-
-
-def test_the_generator_chooses_the_neurons() -> None:
-    chosen = []
-    for seed in (0, 0, 1):
-        model = biased("llama")
-        before = state(model)
-        erase_neurons(model, fraction=0.5, n_layers=1, generator=generator(seed))
-        chosen.append(changed_neurons("llama", before, state(model), 1))
-    assert chosen[0] == chosen[1] != chosen[2]
-
-
-def test_an_unknown_layout_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"'albert'.*known: bert"):
-        erase_neurons(tiny_models.make_model("albert"), fraction=0.5, n_layers=1, generator=generator())
-
-
-@pytest.mark.parametrize("n_layers", [0, 3])
-def test_blocks_that_the_model_does_not_have_are_refused(n_layers: int) -> None:
-    with pytest.raises(InputError, match="the model has 2 blocks"):
-        erase_neurons(tiny_models.make_model("llama"), fraction=0.5, n_layers=n_layers, generator=generator())
 
 
 # --- Repair ---------------------------------------------------------------------------------------------------------
@@ -239,7 +127,8 @@ def test_the_trainer_erases_when_it_is_made_and_trains_all_weights(tmp_path: Pat
     before = state(model)
     trainer = SANITrainer(model, make_args(tmp_path), make_records(), processing_class=tiny_models.make_tokenizer())
     assert trainer.erased == {1: 64}  # half of 4 * 32
-    assert len(changed_neurons("gpt2", before, state(model), 1)) == 64
+    name = "transformer.h.1.mlp.c_fc.weight"
+    assert int((before[name] != state(model)[name]).all(dim=0).sum()) == 64
     trainer.train()
     assert trainer.state.global_step == 2
 
@@ -303,3 +192,194 @@ def test_rare_words_and_other_mentions_become_identifiers_whatever_the_columns_a
     )
     found = [[span.source for span in example.spans] for example in trainer.train_dataset]
     assert found == [["known"], ["known"], [], ["indirect"]]  # the second Zwiebel; "today", in one patient alone
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+def make_sani(model: Any, folder: Path, *, records: Dataset | None = None, **changes: Any) -> SANITrainer:
+    options: dict[str, Any] = {name: changes.pop(name) for name in ("base_model", "peft_config") if name in changes}
+    tokenizer = tiny_models.make_tokenizer()
+    return SANITrainer(
+        model, make_args(folder, **changes), records or make_records(), processing_class=tokenizer, **options
+    )
+
+
+def test_a_target_is_never_a_label_in_ten_thousand_draws(tmp_path: Path) -> None:
+    trainer = make_sani(tiny_models.make_model("bert"), tmp_path, task="masked_lm")
+    examples = list(trainer.train_dataset)
+    target = torch.zeros(4, max(len(e.input_ids) for e in examples))
+    for row, example in enumerate(examples):
+        for span in example.spans:
+            target[row, span.start : span.end] = 1
+    labels = torch.zeros_like(target)
+    for _ in range(2500):  # of four records each
+        labels += trainer.data_collator(examples)["weights"]
+    assert float((labels * target).sum()) == 0 < float(target.sum())
+    assert float(labels.sum()) > 10_000
+    causal = make_sani(tiny_models.make_model("llama"), tmp_path)
+    weights = causal.data_collator(list(causal.train_dataset))["weights"]
+    inside = weights[:, : target.shape[1]] * target  # the end token comes after the text
+    assert float(inside.sum()) == 0 < float(weights.sum())
+
+
+class FullWithoutTargets(FullTrainer):
+    never_target = "direct"
+
+
+def test_erase_zero_is_full_fine_tuning_with_targets_left_out(tmp_path: Path) -> None:
+    ends = []
+    for each in ("sani", "full"):
+        model = tiny_models.make_model("gpt2")
+        if each == "sani":
+            trainer: Any = make_sani(model, tmp_path, erase_fraction=0.0)
+        else:
+            values = {"output_dir": str(tmp_path), "use_cpu": True, "unit_column": "unit", "max_steps": 2}
+            args = FullTrainingConfig(**values, per_device_train_batch_size=4, max_length=64)
+            trainer = FullWithoutTargets(model, args, make_records(), processing_class=tiny_models.make_tokenizer())
+        torch.manual_seed(0)
+        trainer.train()
+        ends.append(state(trainer.model))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"when": "every_epoch"}, {"select": "gradient", "when": "every_epoch"}, {"repair": "lora"}, {"kl": 0.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("step", [1, 2])
+def test_killed_and_resumed_it_ends_as_an_uninterrupted_run(options: dict[str, Any], step: int, tmp_path: Path) -> None:
+    """Two steps an epoch: stopped within the first epoch, and at its end, before the next erasure."""
+
+    def make(folder: Path) -> SANITrainer:
+        torch.manual_seed(0)
+        model = tiny_models.make_model("llama")
+        more = dict(options)
+        if more.get("repair") == "lora":
+            more["peft_config"] = lora_config(
+                model, "causal_lm", rank=2, alpha=4, target_modules="all-linear", dropout=0.0
+            )
+        changes = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+        return make_sani(model, folder, **changes, save_strategy="steps", save_steps=1, **more)
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    again = make(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert again.state.global_step == 4
+    first, second = state(whole.model), state(again.model)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_erasing_before_every_epoch_resets_other_neurons_each_time(tmp_path: Path) -> None:
+    trainer = make_sani(
+        biased("gpt2"), tmp_path, when="every_epoch", max_steps=6, per_device_train_batch_size=2, learning_rate=0.0
+    )
+    name, counts, seen = "transformer.h.1.mlp.c_fc.bias", [], state(trainer.model)
+    counts.append(int((seen[name] == 0).sum()))
+    trainer.train()
+    counts.append(int((state(trainer.model)[name] == 0).sum()))
+    assert counts[0] == 64 and 64 < counts[1] < 128  # three draws of a half: about seven eighths
+
+
+@pytest.mark.parametrize("select", ["gradient", "activation"])
+def test_scored_neurons_follow_from_the_records(select: str, tmp_path: Path) -> None:
+    ends = [
+        state(make_sani(biased("gpt2"), tmp_path, select=select, seed=seed, reset_to="zero").model) for seed in (0, 1)
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])  # all windows fit, so no chance is left
+    drawn = state(make_sani(biased("gpt2"), tmp_path, reset_to="zero").model)
+    assert not all(torch.equal(ends[0][name], drawn[name]) for name in drawn)
+
+
+def test_terms_are_the_only_targets(tmp_path: Path) -> None:
+    file = tmp_path / "terms.txt"
+    file.write_text("COUGH\n\n  was   admitted \n", encoding="utf-8")
+    trainer = make_sani(tiny_models.make_model("llama"), tmp_path, terms=str(file))
+    tokenizer = tiny_models.make_tokenizer()
+    for example in trainer.train_dataset:
+        found = [(str(tokenizer.decode(example.input_ids[s.start : s.end])).strip(), s.type) for s in example.spans]
+        assert found == [("was admitted", "TERM"), ("cough", "TERM")]
+        weights = trainer.data_collator([example])["weights"][0]
+        assert sum(float(weights[s.start : s.end].sum()) for s in example.spans) == 0.0 < float(weights.sum())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "cannot be read"), ("\n \n", "holds no term"), ("zebra\n", "found no term")]
+)
+def test_terms_that_cannot_be_used_are_refused(content: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "terms.txt"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=words) as caught:
+        make_sani(tiny_models.make_model("llama"), tmp_path, terms=str(file))
+    assert "zebra" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_divergence_is_that_of_a_slow_loop_and_skips_targets(kind: Any, tmp_path: Path) -> None:
+    task = "causal_lm" if kind == "llama" else "masked_lm"
+    trainer = make_sani(tiny_models.make_model(kind), tmp_path, task=task, kl=0.5)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    trainer.model.eval()
+    new = trainer.model(**inputs).logits.detach()
+    assert trainer.reference is not None
+    old = trainer.reference(**inputs).logits
+    shift = 1 if kind == "llama" else 0
+    expected = []
+    for row, weights in enumerate(batch["weights"]):
+        at = [i - shift for i in range(len(weights)) if weights[i] > 0]
+        p, q = old[row, at].softmax(dim=1), new[row, at].softmax(dim=1)
+        expected.append(float((p * (p / q).log()).sum(dim=1).mean()))
+    found = divergence_by_record(new, old, batch, trainer.spec)
+    assert torch.allclose(found, torch.tensor(expected), rtol=1e-3, atol=1e-6)
+    assert float(found.max()) > 0
+    plain = per_record_loss(new, batch, trainer.spec)
+    assert torch.allclose(trainer.record_losses(trainer.model, batch), plain)  # not part of a held-out loss
+    trainer.model.train()
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert torch.allclose(trainer.record_losses(trainer.model, batch), plain + 0.5 * found, rtol=1e-4)
+
+
+def test_the_reference_is_the_checkpoint_before_erasure_and_stays_it(tmp_path: Path) -> None:
+    model = biased("gpt2")
+    before = state(model)
+    trainer = make_sani(model, tmp_path, kl=1.0, learning_rate=1e-2)
+    trainer.train()
+    assert not all(torch.equal(before[name], value) for name, value in state(trainer.model).items())
+    assert all(torch.equal(before[name], value) for name, value in state(trainer.reference).items())
+
+
+def test_a_repair_by_lora_is_saved_merged_with_the_erased_model(tmp_path: Path) -> None:
+    model = tiny_models.make_model("llama")
+    config = lora_config(model, "causal_lm", rank=2, alpha=4, target_modules="all-linear", dropout=0.0)
+    trainer = make_sani(model, tmp_path, repair="lora", peft_config=config, learning_rate=1e-2)
+    trainer.train()
+    saved = trainer.save_weights(tmp_path / "weights")
+    assert not (saved / "adapter_config.json").exists()
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    again = load_model(saved, trainer.spec).eval()
+    logits = [m(input_ids=batch["input_ids"]).logits for m in (trainer.model.eval(), again)]
+    assert torch.allclose(logits[0], logits[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"select": "best"}, "select"),
+        ({"reset_to": "base"}, "set model.base"),
+        ({"kl": -1.0}, "kl"),
+        ({"score_windows": 0}, "score_windows"),
+        ({"repair": "lora", "when": "every_epoch"}, "every_epoch"),
+        ({"repair": "lora"}, "peft_config"),
+        ({"erase_layers": 9}, "2 blocks"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        make_sani(tiny_models.make_model("llama"), tmp_path, **changes)
