@@ -140,6 +140,13 @@ def train(args: argparse.Namespace) -> Result:
     )
 
 
+def sanitize(args: argparse.Namespace) -> Result:
+    from dpmed.recipe_io import load_recipe
+    from dpmed.sanitizing import sanitize as run_sanitizing
+
+    return run_sanitizing(load_recipe(args.recipe, args.flags), args.output_dir, resume=args.resume)
+
+
 def evaluate(args: argparse.Namespace) -> Result:
     from dpmed.recipe_io import build_recipe, check_recipe
 
@@ -378,6 +385,13 @@ VERBS: dict[str, Verb] = {
         add=arguments.add_train,
         show=cli_show.run,
         keys=TRAIN_KEYS,
+    ),
+    "sanitize": Verb(
+        help="Sanitise a trained checkpoint (SANI), and test whether it may be released.",
+        run=sanitize,
+        add=arguments.add_sanitize,
+        show=cli_show.gate,
+        keys=(*TRAIN_KEYS, "release."),
     ),
     "evaluate": Verb(
         help="Utility and memorisation of a model.",

@@ -121,6 +121,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     _add_base_scores(parser)
 
 
+def add_sanitize(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    _output(parser, resume=True)
+
+
 def _add_base_scores(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_scores", type=Path, metavar="F", help="folder where runs share the base model's scores")
 

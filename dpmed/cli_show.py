@@ -149,6 +149,25 @@ def identifiers(result: Result) -> None:
     print(f"tagged records: {Path(result['output_dir']) / 'records.parquet'} ({unit}--data.identifiers identifiers)")
 
 
+def gate(result: Result) -> None:
+    """The gate's verdicts, each with its figure and its threshold, and what was not tested."""
+    print(f"verdict: {result['verdict']}")
+    rows = [
+        (
+            row["stage"],
+            row["check"],
+            row["verdict"],
+            _number(row["value"]),
+            f"{_number(row['low'])} to {_number(row['high'])}",
+            f"at most {_number(row['threshold'])}",
+        )
+        for row in result["tested"]
+    ]
+    _table(("after", "measured", "verdict", "value", "95 % interval", "threshold"), rows)
+    for row in result["not_tested"]:
+        print(f"not tested: {row['stage']}, {row['check']}: {row['reason']}")
+
+
 def planted(result: Result) -> None:
     """How many canaries were planted, what they can show, and how the records are read."""
     print(f"{result['n_records']} records of {result['n_units']} patients; {result['n_canaries']} canaries")

@@ -208,7 +208,9 @@ class _Gate:
         limits, model = self.recipe.release, self._load(self.weights)
         rounding(model)
         found = self._evaluated(model, self._floor(), self.members)
-        return leak_rows(stage, found, (limits.max_after_quantisation,) * 2, limits.max_membership_auc)
+        return leak_rows(
+            stage, found, (limits.max_after_quantisation, limits.max_after_quantisation), limits.max_membership_auc
+        )
 
     def relearned(self) -> list[Row]:
         seed = self.recipe.training.seed
@@ -258,7 +260,9 @@ class _Gate:
         floor = self._floor()
         model = trained(self._load(self.weights))
         found = self._evaluated(model, None if floor is None else trained(floor), others)
-        return leak_rows(stage, found, (limits.max_after_relearning,) * 2, limits.max_membership_auc)
+        return leak_rows(
+            stage, found, (limits.max_after_relearning, limits.max_after_relearning), limits.max_membership_auc
+        )
 
     def _evaluated(
         self, model: nn.Module, floor: nn.Module | None, members: Dataset, *, generate: bool = False

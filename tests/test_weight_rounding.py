@@ -65,7 +65,7 @@ def test_linear_weights_are_rounded_and_nothing_else(kind: tiny_models.Kind, bit
 
 
 def test_gpt2_scales_run_over_outputs_not_inputs() -> None:
-    model = tiny_models.make_model("gpt2")
+    model: Any = tiny_models.make_model("gpt2")
     layer: Any = model.transformer.h[0].mlp.c_fc
     layer.weight.data[:, 0] *= 1000.0  # one output channel of large weights must not coarsen the others
     before = layer.weight.detach().clone()
