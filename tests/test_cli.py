@@ -338,9 +338,12 @@ def test_help_of_every_command(capsys: Captured, verb: list[str]) -> None:
     text = printed(capsys, *verb, "--help")
     assert text.startswith("usage: dpmed") and "--json" in text
     takes = {name for name, key in FLAGS.items() if key in text}
-    assert takes == {"train": {"train"}, "evaluate": set(), "frontier": {"train", "frontier"}}.get("".join(verb), set())
-    assert ("--evaluation.fpr" in text) == (verb in (["train"], ["evaluate"], ["frontier"]))
-    assert ("--data.train" in text) == (verb in (["train"], ["frontier"]))  # evaluate and tag have a flag of their own
+    expected = {"train": {"train"}, "sanitize": {"train"}, "frontier": {"train", "frontier"}}
+    assert takes == expected.get("".join(verb), set())
+    of_runs = (["train"], ["sanitize"], ["frontier"])
+    assert ("--evaluation.fpr" in text) == (verb in (*of_runs, ["evaluate"]))
+    assert ("--data.train" in text) == (verb in of_runs)  # evaluate and tag have a flag of their own
+    assert ("--release.max_utility_loss" in text) == (verb == ["sanitize"])
 
 
 HEAVY = ("torch", "transformers", "datasets", "polars", "altair", "jsonargparse", "pandas", "numpy", "rich")
