@@ -12,14 +12,16 @@ import torch
 
 from dpmed.data.canaries import Manifest
 from dpmed.data.tasks import TaskSpec
-from dpmed.errors import InputError, RefutedError
+from dpmed.errors import InputError
 from dpmed.memorization.canary_figures import Claim, no_claim
 from dpmed.memorization.evaluator import MemorizationEvaluator
 from dpmed.memorization.persistence import MEMORIZED_FILE
 from dpmed.models import load_model, load_tokenizer, read_task_card
+from dpmed.privacy.audit import refutation
 from dpmed.progress import progress
 from dpmed.runs import read_json
 from dpmed.splits import Splits, task_spec
+from dpmed.trainers.dp_lora import CERTIFICATE
 from dpmed.utility import utility
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 PARTS = ".evaluation.partial"
 """Statistics and generated text of an evaluation that is under way, in the run's folder; deleted when it is written."""
-CERTIFICATE = "privacy.json"
 
 
 def evaluate_weights(
@@ -138,8 +139,4 @@ def finish_evaluation(run_dir: Path, evaluation: dict[str, Any]) -> None:
     shutil.rmtree(run_dir / PARTS, ignore_errors=True)
     audit = (evaluation.get("memorization") or {}).get("audit") or {}
     if audit.get("contradicts"):
-        raise RefutedError(
-            f"the canaries show an epsilon of at least {audit['lower_bound']:.2f} where the certificate claims"
-            f" {audit['epsilon_upper_bound']:.2f}: a privacy fault, or canaries that were not one patient each, in by"
-            " fair coins; do not release these weights, and find out which it is"
-        )
+        raise refutation(audit["lower_bound"], audit["epsilon_upper_bound"], audit["delta"])

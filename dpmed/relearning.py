@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from dpmed.data.sources import read_texts
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
 from dpmed.memorization.intervals import dense_units
@@ -51,15 +52,8 @@ def public_records(path: str | Path) -> Dataset:
 
     Raises: InputError if the file cannot be read or holds no text.
     """
-    file = Path(path).expanduser()
-    try:
-        texts = [part.strip() for part in file.read_text(encoding="utf-8").split("\n\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        kind = type(error).__name__
-        raise InputError(f"release.public_text: {file}: cannot be read as UTF-8 text ({kind})") from None
-    texts = [text for text in texts if text]
-    if not texts:
-        raise InputError(f"release.public_text: {file}: holds no text; name a file of public text, or null")
+    empty = "holds no text; name a file of public text, or null"
+    texts = read_texts(path, key="release.public_text", separator="\n\n", empty=empty)
     return Dataset.from_dict({"text": texts, "unit": [f"text-{i}" for i in range(len(texts))]})
 
 

@@ -37,6 +37,7 @@ from dpmed.relearning import public_records, relearn, relearning_sides
 from dpmed.release_utility import utility_losses
 from dpmed.runs import read_json, write_json
 from dpmed.splits import Splits, task_spec
+from dpmed.trainers.sani import read_terms, with_terms
 from dpmed.weight_rounding import round_to_bfloat16, round_weights
 
 if TYPE_CHECKING:
@@ -123,17 +124,23 @@ def release_gate(weights: Path, recipe: Recipe, splits: Splits, folder: Path) ->
     members = splits.train
     if recipe.data.canaries is not None:
         members, _ = members_without_canaries(members, Manifest.load(Path(recipe.data.canaries).expanduser()))
+    terms = recipe.sani.terms
+    if terms is not None:  # then they are what was to be forgotten, and what leakage is measured of
+        members, heldout = with_terms(members, terms), with_terms(heldout, terms)
     gate = _Gate(weights, recipe, spec, members, heldout, load_tokenizer(weights))
     digest, rows = weights_digest(weights), list[Row]()
     stages = list(gate.stages())
     made_of = [digest, dump_recipe(recipe), data_fingerprint(members), data_fingerprint(heldout)]
+    made_of += [] if terms is None else read_terms(terms)
     stamp = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     with progress("release gate", len(stages)) as bar:
         for number, (name, run) in enumerate(stages):
             bar.update_stage(name, number, len(stages))
             rows += _finished(folder / "release" / f"{name}.json", stamp, run)
     sani = recipe.sani
-    targeted = tag_identifiers(members, k=sani.k, indirect=sani.identifiers != "direct")
+    targeted = members
+    if terms is None:
+        targeted = tag_identifiers(members, k=sani.k, indirect=sani.identifiers != "direct")
     evidence = {
         "verdict": overall(rows),
         "targeted": {

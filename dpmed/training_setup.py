@@ -13,7 +13,7 @@ from peft import PeftModel
 from dpmed.errors import InputError
 from dpmed.models import load_model
 from dpmed.privacy.ledger import PrivacyLedger, ledger_path
-from dpmed.trainers import METHODS, DPLoRATrainingConfig, SANITrainingConfig, UnlearnTrainingConfig
+from dpmed.trainers import METHODS, DPLoRATrainingConfig
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 from dpmed.trainers.dp_lora import plan_for
 from dpmed.trainers.lora import lora_config
@@ -70,7 +70,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
 
     Raises: InputError if `training.extra` names something that transformers.TrainingArguments does not have.
     """
-    training, privacy, sani = recipe.training, recipe.privacy, recipe.sani
+    training, privacy = recipe.training, recipe.privacy
     _, config = METHODS[recipe.method]
     per_epoch = (
         n_units / privacy.expected_batch_units if recipe.method == "dp_lora" else n_examples / training.batch_size
@@ -94,40 +94,9 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
         "save_steps": max(1, round(training.save_every * per_epoch)),
         "save_total_limit": 1,
     }
-    if config is DPLoRATrainingConfig:
-        names = (
-            "target_epsilon",
-            "delta",
-            "clip_norm",
-            "expected_batch_units",
-            "max_records_per_unit",
-            "clipping",
-            "engine",
-            "secure",
-            "micro_batch_tokens",
-            "buffer_mib",
-            "shard_base",
-            "ledger",
-            "budget_epsilon",
-        )
-        values |= {key: getattr(privacy, key) for key in names}
-    if config is SANITrainingConfig:
-        names = (
-            "erase_fraction",
-            "erase_layers",
-            "select",
-            "score_windows",
-            "reset_to",
-            "when",
-            "identifiers",
-            "k",
-            "terms",
-            "repair",
-            "kl",
-        )
-        values |= {key: getattr(sani, key) for key in names}
-    if config is UnlearnTrainingConfig:
-        values |= asdict(recipe.unlearn)
+    sections = {"dp_lora": privacy, "sani": recipe.sani, "unlearn": recipe.unlearn}
+    if recipe.method in sections:  # a section's keys are its config's fields
+        values |= asdict(sections[recipe.method])
     clash = sorted(set(training.extra) & set(values))
     if clash:
         raise InputError(f"training.extra.{clash[0]} is set by the recipe's own keys; set it there")

@@ -235,3 +235,20 @@ def test_a_gate_without_heldout_records_or_weights_is_refused(world: World, tmp_
         release_gate(world.base, recipe, Splits(splits.train, None, None, 0), tmp_path)
     with pytest.raises(InputError, match="no safetensors"):
         weights_digest(tmp_path)
+
+
+def test_terms_are_what_the_gate_measures_where_they_were_the_targets(
+    world: World, memoriser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "terms.txt"
+    file.write_text("murmur\n\nWheeze\n")
+    recipe = recipe_of(world, memoriser)
+    recipe.sani.terms = str(file)
+    stamps: list[str] = []
+    monkeypatch.setattr(release, "_finished", lambda path, stamp, run: stamps.append(stamp) or [])
+    splits = load_splits(recipe.data, require_unit=False)
+    evidence = release_gate(memoriser, recipe, splits, tmp_path)
+    assert evidence["targeted"]["identifiers"]["known"] == {"TERM": len(splits.train)}  # each record has one of the two
+    file.write_text("murmur\n")
+    release_gate(memoriser, recipe, splits, tmp_path)
+    assert len(set(stamps)) == 2  # other terms under the same name are another gate

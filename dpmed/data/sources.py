@@ -28,6 +28,27 @@ _FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def read_texts(source: str | Path, *, key: str, separator: str, empty: str) -> list[str]:
+    """The texts of one UTF-8 file, stripped; blank ones are left out.
+
+    Args:
+        source: the file.
+        key: recipe key that names it, for messages.
+        separator: what stands between two texts.
+        empty: end of the message where there is none.
+
+    Raises: InputError if the file cannot be read or holds no text.
+    """
+    file = Path(source).expanduser()
+    try:
+        texts = [text.strip() for text in file.read_text(encoding="utf-8-sig").split(separator)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{key}: {file}: cannot be read as UTF-8 text ({type(error).__name__})") from None
+    if not any(texts):
+        raise InputError(f"{key}: {file}: {empty}")
+    return [text for text in texts if text]
+
+
 @dataclass(frozen=True)
 class Table:
     """Named columns of one source, read on demand; `where` is how messages call the source."""

@@ -42,7 +42,7 @@ from dpmed.memorization.further import (
 from dpmed.memorization.intervals import NotApplicable, dense_units, figures_json
 from dpmed.memorization.persistence import MEMORIZED_FILE, MemorizedSet
 from dpmed.memorization.scoring import Progress, kept_scores, score_classification, score_records
-from dpmed.memorization.statistics import TokenScores, record_units
+from dpmed.memorization.statistics import TokenScores, record_units, weights_fingerprint
 from dpmed.memorization.vocabulary import Sampling
 from dpmed.recipe import EvaluationSection
 
@@ -64,9 +64,9 @@ class MemorizationEvaluator:
         settings: lengths, rates, resamples (`recipe.EvaluationSection`).
         base_scores: private folder in which the base model's statistics are kept, so that all runs of a grid share one
             pass of it. Used again only for the same weights, token ids, task and sampling.
-        scores_dir: private folder in which the model's own statistics and generated text are kept, so that an
-            evaluation that was killed goes on where it stopped (language models). Delete it when the figures are
-            written: generated text may hold patients' data.
+        scores_dir: private folder in which statistics (without `base_scores` those of the base model too) and generated
+            text are kept, so that an evaluation that was killed goes on where it stopped (language models). Delete it
+            when the figures are written: generated text may hold patients' data.
         progress: called with (stage, windows done, windows in all).
 
     Attributes:
@@ -98,6 +98,7 @@ class MemorizationEvaluator:
         self.battery = Battery(self.spec, self.settings)
         self.memorized: MemorizedSet | None = None
         self._before: MemorizedSet | None = None
+        self._weights: dict[nn.Module, str] = {}
 
     def evaluate(
         self,
@@ -129,6 +130,7 @@ class MemorizationEvaluator:
         if canaries is not None:
             train, n_planted = members_without_canaries(everyone, canaries)
         self._before = None if before is None else MemorizedSet.load(before / MEMORIZED_FILE)
+        self._weights.clear()
         members, others = self._side("train", train), self._side("heldout", heldout)
         tree, counts = (
             self._classifier(members, others)
@@ -201,7 +203,8 @@ class MemorizationEvaluator:
         scores = {side.name: self._scores(self.model, side, side.name, self.scores_dir) for side in sides}
         base = None
         if (before := self.base_model) is not None:
-            base = {side.name: self._scores(before, side, f"base {side.name}", self.base_scores) for side in sides}
+            folder = self.base_scores or self.scores_dir
+            base = {side.name: self._scores(before, side, f"base {side.name}", folder) for side in sides}
         memorization, counts = battery.generative(members, scores["train"])
         heldout, heldout_counts = battery.generative(others, scores["heldout"])
         memorization["train_perplexity"] = battery.perplexity(members, scores["train"])
@@ -259,6 +262,7 @@ class MemorizationEvaluator:
                 *records,
                 settings,
                 folder=self.scores_dir,
+                weights=None if self.scores_dir is None else self._fingerprint(model),
                 progress=self.progress,
             )
             members |= figures["memorization"]
@@ -295,7 +299,21 @@ class MemorizationEvaluator:
         size, progress = self.settings.batch_tokens, self._reporter(stage)
         if folder is None:
             return score_records(*inputs, sampling=sampling, batch_tokens=size, progress=progress)
-        return kept_scores(*inputs, folder, side.name, sampling=sampling, batch_tokens=size, progress=progress)
+        return kept_scores(
+            *inputs,
+            folder,
+            side.name,
+            sampling=sampling,
+            batch_tokens=size,
+            weights=self._fingerprint(model),
+            progress=progress,
+        )
+
+    def _fingerprint(self, model: nn.Module) -> str:
+        """Hash of a model's weights, taken once per evaluation: for a large model that is a minute."""
+        if model not in self._weights:
+            self._weights[model] = weights_fingerprint(model)
+        return self._weights[model]
 
     def _reporter(self, stage: str) -> Progress | None:
         progress = self.progress

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dpmed.errors import InputError
+from dpmed.data.sources import read_texts
 from dpmed.memorization.battery import SEED, Side
 from dpmed.memorization.generated_figures import generation_figures
 from dpmed.memorization.generation_plan import GenerationSettings
@@ -77,15 +77,9 @@ def read_reference(settings: EvaluationSection, tokenizer: PreTrainedTokenizerBa
     """The user's reference texts. Raises: InputError if the file cannot be read or holds no text."""
     if settings.reference_text is None:
         return None
-    path = Path(settings.reference_text).expanduser()
-    try:
-        parts = [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        kind = type(error).__name__
-        raise InputError(f"evaluation.reference_text: {path}: cannot be read as UTF-8 text ({kind})") from None
-    if not any(parts):
-        raise InputError(f"evaluation.reference_text: {path}: holds no text; name a file of guidelines, or null")
-    return reference_texts([part for part in parts if part], tokenizer)
+    empty = "holds no text; name a file of guidelines, or null"
+    texts = read_texts(settings.reference_text, key="evaluation.reference_text", separator="\n\n", empty=empty)
+    return reference_texts(texts, tokenizer)
 
 
 def choices_of(
@@ -115,6 +109,7 @@ def generated_of(
     settings: EvaluationSection,
     *,
     folder: Path | None,
+    weights: str | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Figures of generated text of both sides, {"memorization", "heldout"}, and their counts."""
@@ -130,7 +125,9 @@ def generated_of(
         bootstrap=settings.bootstrap,
         seed=SEED,
     )
-    return generation_figures(model, tokenizer, members, others, asked, folder=folder, progress=progress)
+    return generation_figures(
+        model, tokenizer, members, others, asked, folder=folder, weights=weights, progress=progress
+    )
 
 
 def not_generated(reason: str) -> dict[str, dict[str, Any]]:

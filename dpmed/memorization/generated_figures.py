@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch import nn
 
 from dpmed.errors import InputError
-from dpmed.memorization.generation import context_size, generate, start_tokens, weights_fingerprint
+from dpmed.memorization.generation import context_size, generate, start_tokens
 from dpmed.memorization.generation_plan import (
     GenerationSettings,
     Job,
@@ -40,6 +40,7 @@ from dpmed.memorization.leak_probes import (
     leaks_per_1000,
 )
 from dpmed.memorization.regurgitation import near_verbatim_figures, prefix_half_figures, regurgitation_figures
+from dpmed.memorization.statistics import weights_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,7 @@ def generation_figures(
     settings: GenerationSettings,
     *,
     folder: Path | None = None,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure one model, tuned or base, by what it writes.
@@ -77,6 +79,7 @@ def generation_figures(
         settings: lengths, temperatures, sizes.
         folder: private folder for finished batches; several models may share it. It holds what the models wrote:
             delete it with the records.
+        weights: the model's `weights_fingerprint`, where it was taken already.
         progress: called after each batch.
 
     Returns: figures {"memorization": ..., "heldout": ...}, the same keys for both sides: `regurgitation_rate`,
@@ -100,7 +103,8 @@ def generation_figures(
         tokenizer, start, size, sides[0].values, settings
     )
     granted = within_budget(wanted, settings.budget_tokens)
-    weights = weights_fingerprint(model) if folder is not None else None
+    if folder is not None and weights is None:
+        weights = weights_fingerprint(model)
     written: dict[str, _Written] = {}
     for job in granted:
         written[job.name] = _Written(job, _run(job, model, tokenizer, settings, folder, weights, progress))

@@ -28,6 +28,7 @@ from dpmed.data.batches import pad_token_id
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
 from dpmed.memorization.scoring import evaluating, length_batches
+from dpmed.memorization.statistics import weights_fingerprint
 from dpmed.runs import write_private
 
 if TYPE_CHECKING:
@@ -97,17 +98,6 @@ def generate(
         if progress is not None:
             progress(done, len(prompts))
     return outputs
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of the model's weights and configuration."""
-    config: Any = getattr(model, "config", None)
-    digest = hashlib.sha256(type(model).__name__.encode())
-    digest.update(config.to_json_string().encode() if hasattr(config, "to_json_string") else b"")
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def context_size(model: nn.Module) -> int | None:

@@ -205,12 +205,8 @@ def kind_figures(
     `token_share` is of all scored tokens (n counts these), `record_rate` the share of records with at least one such
     span among those that have a window of n scored tokens.
     """
-    units = record_units(encoded)
-    scored = np.asarray(scores.scored)
-    per_window = _window_sums(scored, encoded)
-    eligible = np.zeros(encoded.n_records, dtype=bool)
-    eligible[[e.record for e, n in zip(encoded, per_window, strict=True) if n >= spans.min_tokens]] = True
-    n_scored = np.bincount(scores.record, weights=scored, minlength=encoded.n_records)
+    units, eligible = record_units(encoded), _eligible(scores, encoded, spans.min_tokens)
+    n_scored = scores.per_record(np.ones(len(scores.record)))
 
     def volume(name: str, chosen: np.ndarray) -> dict[str, Any]:
         lengths, record = spans.lengths[chosen], spans.record[chosen]
@@ -396,6 +392,14 @@ def _count(flags: np.ndarray, spans: MemorizedSpans) -> np.ndarray:
     """How many tokens of each span have the flag, [s]."""
     sums = np.concatenate([[0], np.cumsum(flags)])
     return sums[spans.end] - sums[spans.start]
+
+
+def _eligible(scores: TokenScores, encoded: EncodedRecords, n: int) -> np.ndarray:
+    """Records that have a window of at least n scored tokens, bool [r]."""
+    found = np.zeros(encoded.n_records, dtype=bool)
+    per_window = _window_sums(np.asarray(scores.scored), encoded)
+    found[[e.record for e, tokens in zip(encoded, per_window, strict=True) if tokens >= n]] = True
+    return found
 
 
 def _window_sums(flags: np.ndarray, encoded: EncodedRecords) -> np.ndarray:

@@ -23,6 +23,7 @@ from scipy.special import softmax
 from dpmed.data.sources import Table, read_table
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec, label_option_ids
 from dpmed.errors import InputError
+from dpmed.memorization.generation import context_size
 from dpmed.memorization.intervals import Measure, bootstrap_ratio, dense_units, rate_by_unit, wilson
 from dpmed.memorization.paired import paired_mean_difference, paired_rate_difference
 from dpmed.memorization.scoring import Progress, score_records
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+_CONTEXT = 2048
+"""Tokens that a model is given whose configuration names no context."""
 ANSWER = "\nAnswer:"
 """Joins question and answer; an option or a letter follows after one space."""
 
@@ -217,7 +220,7 @@ def score_choices(
     """
     if not items:
         raise InputError("no multiple-choice items; give a file with at least one")
-    limit = max_length or _context(model)
+    limit = max_length or context_size(model) or _CONTEXT
     width = max(len(item.options) for item in items)
     orders = option_orders(items, n_shuffles, seed)
     text, n_tokens, cut = _text_scores(model, tokenizer, items, width, limit, batch_tokens, progress)
@@ -227,11 +230,6 @@ def score_choices(
     ]
     n_cut = int((cut | letters[0][1]).sum())
     return ChoiceScores(text, n_tokens, letters[0][0], letters[1][0], n_cut)
-
-
-def _context(model: nn.Module) -> int:
-    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return int(found) if found else 2048
 
 
 def _text_scores(

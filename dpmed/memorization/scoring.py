@@ -22,7 +22,7 @@ from dpmed.data.batches import pad_token_id, per_record_loss
 from dpmed.data.output_layer import input_of, output_layer
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
 from dpmed.errors import InputError
-from dpmed.memorization.statistics import ScoreParts, TokenScores, scores_fingerprint, text_starts
+from dpmed.memorization.statistics import ScoreParts, TokenScores, scores_fingerprint, text_starts, weights_fingerprint
 from dpmed.memorization.vocabulary import Sampling, TokenStatistics, token_statistics
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def kept_scores(
     *,
     sampling: Sampling | None = None,
     batch_tokens: int = 8192,
+    weights: str | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> TokenScores:
@@ -141,10 +142,11 @@ def kept_scores(
     Args:
         folder: private; made with mode 0700 and files with 0600. Holds no text.
         name: first words of the files' names.
+        weights: the model's `weights_fingerprint`, where it was taken already.
 
     Raises: as `score_records`; InputError if a kept file is damaged.
     """
-    fingerprint = scores_fingerprint(model, encoded, spec, sampling or Sampling())
+    fingerprint = scores_fingerprint(weights or weights_fingerprint(model), encoded, spec, sampling or Sampling())
     path = folder / f"{name}-{fingerprint[:16]}.safetensors"
     if path.is_file():
         return TokenScores.load(path, fingerprint)

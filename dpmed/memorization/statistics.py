@@ -183,15 +183,21 @@ def record_units(encoded: EncodedRecords) -> np.ndarray:
     return units
 
 
-def scores_fingerprint(model: nn.Module, encoded: EncodedRecords, spec: TaskSpec, sampling: Sampling) -> str:
-    """A hash of all that the scores depend on: weights, configuration, token ids, masked groups, task and sampling."""
-    task = json.dumps([spec.to_dict(), asdict(sampling)], sort_keys=True)
-    digest = hashlib.sha256(f"{_VERSION} {type(model).__name__} {task}".encode())
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of the model's weights and configuration. It reads all weights: take it once per model."""
+    digest = hashlib.sha256(type(model).__name__.encode())
     to_json: Callable[[], str] | None = getattr(getattr(model, "config", None), "to_json_string", None)
     digest.update(to_json().encode() if to_json is not None else b"")
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def scores_fingerprint(weights: str, encoded: EncodedRecords, spec: TaskSpec, sampling: Sampling) -> str:
+    """A hash of all that the scores depend on: weights (by their hash), token ids, masked groups, task and sampling."""
+    task = json.dumps([spec.to_dict(), asdict(sampling)], sort_keys=True)
+    digest = hashlib.sha256(f"{_VERSION} {weights} {task}".encode())
     for e in encoded:
         at = [e.record, e.window, e.text_start, e.text_end, len(e.input_ids), *e.input_ids, len(e.words), *e.words]
         digest.update(np.array(at + [edge for span in e.spans for edge in (span.start, span.end)], np.int64).tobytes())

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpmed.errors import InputError, PrivacyError
+from dpmed.errors import InputError, RefutedError
 
 GUESS_SHARES = (0.1, 0.5)
 """Guesses by default, as shares of the canaries: few sure ones for a weak attack, half of all for a strong one. Both
@@ -88,14 +88,10 @@ class AuditResult:
     def check_against(self, upper_epsilon: float | None, *, delta: float | None = None, among: int = 1) -> None:
         """Stop if the lower bound is above the upper one. Arguments: see `contradicts`.
 
-        Raises: PrivacyError.
+        Raises: RefutedError.
         """
-        if self.contradicts(upper_epsilon, delta=delta, among=among):
-            raise PrivacyError(
-                f"the canaries show an epsilon of at least {self.lower_bound:.2f} where the certificate claims "
-                f"{upper_epsilon:.2f} (delta {self.delta:g}): a privacy fault, or canaries that were not one patient "
-                "each, in by fair coins; do not release these weights, and find out which it is"
-            )
+        if upper_epsilon is not None and self.contradicts(upper_epsilon, delta=delta, among=among):
+            raise refutation(self.lower_bound, upper_epsilon, self.delta)
 
     def to_json(self) -> dict[str, Any]:
         """All figures and the p-value curve, JSON-ready; no canary can be told from it."""
@@ -111,6 +107,15 @@ class AuditResult:
             "family": self.family,
             "p_value_curve": [{"epsilon": e, "p_value": p} for e, p in self.curve],
         }
+
+
+def refutation(lower_bound: float, upper_epsilon: float, delta: float) -> RefutedError:
+    """The error of a lower bound above a certificate's epsilon."""
+    return RefutedError(
+        f"the canaries show an epsilon of at least {lower_bound:.2f} where the certificate claims {upper_epsilon:.2f} "
+        f"(delta {delta:g}): a privacy fault, or canaries that were not one patient each, in by fair coins; do not "
+        "release these weights, and find out which it is"
+    )
 
 
 def audit_epsilon(

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from dpmed.data.batches import Batch, language_targets, mean_by_record, per_record_loss
 from dpmed.data.identifiers import Span, tag_identifiers, with_spans
 from dpmed.data.matching import KnownValues
+from dpmed.data.sources import read_texts
 from dpmed.data.tasks import EncodedRecords, Targets, TaskSpec, covers
 from dpmed.errors import InputError
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
@@ -123,7 +124,7 @@ class SANITrainer(DpmedTrainer):
     def prepare_records(self, records: Dataset, args: SANITrainingConfig) -> Dataset:
         """Finds the terms; or extends the known identifiers over the text, and adds the rare words."""
         if args.terms:
-            return with_spans(records, term_spans(list(records["text"]), read_terms(args.terms)))
+            return with_terms(records, args.terms)
         return tag_identifiers(records, k=args.k, indirect=args.identifiers != "direct")
 
     def erase(self, *, epoch: int, base: nn.Module | None = None) -> dict[int, int]:
@@ -217,15 +218,8 @@ def read_terms(path: str | Path) -> list[str]:
 
     Raises: InputError if the file cannot be read or holds no term.
     """
-    file = Path(path).expanduser()
-    try:
-        terms = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        kind = type(error).__name__
-        raise InputError(f"sani.terms: {file}: cannot be read as UTF-8 text ({kind})") from None
-    if not any(terms):
-        raise InputError(f"sani.terms: {file}: holds no term; name a file with one term a line, or null")
-    return [term for term in terms if term]
+    empty = "holds no term; name a file with one term a line, or null"
+    return read_texts(path, key="sani.terms", separator="\n", empty=empty)
 
 
 def term_spans(texts: Sequence[str], terms: Sequence[str]) -> list[list[Span]]:
@@ -235,6 +229,11 @@ def term_spans(texts: Sequence[str], terms: Sequence[str]) -> list[list[Span]]:
         [{"start": m.start, "end": m.end, "type": "TERM", "source": "known"} for m in known.find(text)]
         for text in texts
     ]
+
+
+def with_terms(records: Dataset, path: str | Path) -> Dataset:
+    """The records with the terms of a file as their only identifiers."""
+    return with_spans(records, term_spans(list(records["text"]), read_terms(path)))
 
 
 def _check(args: SANITrainingConfig, model: nn.Module, records: Dataset | EncodedRecords) -> None:

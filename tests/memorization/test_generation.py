@@ -12,7 +12,8 @@ from torch import nn
 
 import tiny_models
 from dpmed.errors import InputError
-from dpmed.memorization.generation import context_size, generate, start_tokens, weights_fingerprint
+from dpmed.memorization.generation import context_size, generate, start_tokens
+from dpmed.memorization.statistics import weights_fingerprint
 
 DECODERS = list(tiny_models.DECODERS)
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
 from dpmed.memorization.scoring import score_records
-from dpmed.memorization.statistics import ScoreParts, TokenScores, record_units, scores_fingerprint
+from dpmed.memorization.statistics import ScoreParts, TokenScores, record_units, scores_fingerprint, weights_fingerprint
 from dpmed.memorization.vocabulary import Sampling, TokenStatistics
 
 
@@ -78,18 +78,23 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(scored, tmp_path: P
 def test_the_fingerprint_tells_weights_records_tasks_and_sampling_apart(tiny_model, tiny_tokenizer):
     spec, drawn = TaskSpec(max_length=24), Sampling()
     encoded = encode(records(), tiny_tokenizer, spec)
-    first = scores_fingerprint(tiny_model("gpt2"), encoded, spec, drawn)
-    assert scores_fingerprint(tiny_model("gpt2"), encode(records(), tiny_tokenizer, spec), spec, drawn) == first
+    first = scores_fingerprint(weights_fingerprint(tiny_model("gpt2")), encoded, spec, drawn)
+    assert (
+        scores_fingerprint(
+            weights_fingerprint(tiny_model("gpt2")), encode(records(), tiny_tokenizer, spec), spec, drawn
+        )
+        == first
+    )
     other_records = encode(records("The lungs are not clear."), tiny_tokenizer, spec)
     other_spec = TaskSpec(max_length=20)
     others = {
-        scores_fingerprint(tiny_model("gpt2", seed=1), encoded, spec, drawn),
-        scores_fingerprint(tiny_model("llama"), encoded, spec, drawn),
-        scores_fingerprint(tiny_model("gpt2", layer_norm_epsilon=1e-3), encoded, spec, drawn),
-        scores_fingerprint(tiny_model("gpt2"), other_records, spec, drawn),
-        scores_fingerprint(tiny_model("gpt2"), encoded, other_spec, drawn),
-        scores_fingerprint(tiny_model("gpt2"), encoded, spec, Sampling(0.5)),
-        scores_fingerprint(tiny_model("gpt2"), encoded, spec, Sampling(1.0, None)),
+        scores_fingerprint(weights_fingerprint(tiny_model("gpt2", seed=1)), encoded, spec, drawn),
+        scores_fingerprint(weights_fingerprint(tiny_model("llama")), encoded, spec, drawn),
+        scores_fingerprint(weights_fingerprint(tiny_model("gpt2", layer_norm_epsilon=1e-3)), encoded, spec, drawn),
+        scores_fingerprint(weights_fingerprint(tiny_model("gpt2")), other_records, spec, drawn),
+        scores_fingerprint(weights_fingerprint(tiny_model("gpt2")), encoded, other_spec, drawn),
+        scores_fingerprint(weights_fingerprint(tiny_model("gpt2")), encoded, spec, Sampling(0.5)),
+        scores_fingerprint(weights_fingerprint(tiny_model("gpt2")), encoded, spec, Sampling(1.0, None)),
     }
     assert len(others) == 7
     assert first not in others

@@ -164,7 +164,8 @@ def test_only_the_steps_that_are_left_count_when_a_run_goes_on(ledger: PrivacyLe
     run.charge(6)
     again = ledger.open_run(units, make_plan(), run_id=run.run_id, budget_epsilon=2.5)
     again.charge(4)
-    ledger.open_run(units, make_plan(), run_id=run.run_id, budget_epsilon=0.1)  # it asks for nothing more
+    done = ledger.open_run(units, make_plan(), run_id=run.run_id, budget_epsilon=0.1)  # it asks for nothing more
+    assert (again.n_charged, done.n_charged) == (10, 10)
 
 
 @pytest.mark.usefixtures("linear")
