@@ -42,7 +42,6 @@ from dpmed.recipe import EvaluationSection
 SEED = 0
 """Of the choice of records and of all resamples, so that every run of a grid is measured on the same records."""
 ATTACKS = ("loss", "reference", "min_k", "min_k_plus_plus", "zlib", "ez")
-CLASSIFIER_ATTACKS = ("margin", "modified_entropy")
 WITH_BASE = ("reference", "ez")
 """Attacks that compare the model with the one before fine-tuning."""
 CONTINUED = ("extraction_rate", "extraction", "probabilistic_extraction", "extraction_strength")

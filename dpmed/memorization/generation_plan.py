@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HALF_STEP = 32  # second halves are generated together with those of about the same length
-_NO_BUDGET = "the budget of tokens (budget_tokens) left no prompt for it; raise it"
+_NO_BUDGET = "the budget of tokens left no prompt for it; raise evaluation.generate_tokens"
 _POSITIVE = ("new_tokens", "half_tokens", "context_tokens", "identifier_tokens", "template_samples", "free_samples")
 _POSITIVE += ("free_tokens", "sample_temperature", "batch_tokens", "bootstrap")
 

@@ -1,4 +1,4 @@
-"""Two models on the same records, and one figure over several seeds.
+"""Two models on the same records.
 
 Two intervals that overlap do not say that two models agree: most of their width is the choice of patients, which both
 models share. The difference is therefore taken record by record, and each resample draws the same patients for both.
@@ -7,18 +7,14 @@ models share. The difference is therefore taken record by record, and each resam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from scipy.stats import binomtest
-from scipy.stats import t as student_t
 
 from dpmed.memorization.intervals import (
     HigherIs,
     Measure,
     NotApplicable,
-    bootstrap_by_unit,
     bootstrap_ratio,
     dense_units,
     wilson,
@@ -115,83 +111,6 @@ def paired_mean_difference(
     value = float((weight * difference).sum() / weight.sum())
     low, high = min(low, value), max(high, value)  # a bound that is not a number stays so: it stands first
     return Measure(value, low, high, int(both.sum()), higher_is, {"n_left_out": int((~both).sum())})
-
-
-def paired_statistic_difference(
-    first: Callable[[np.ndarray], float],
-    second: Callable[[np.ndarray], float],
-    units: np.ndarray,
-    higher_is: HigherIs,
-    *,
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> Measure:
-    """Difference of any statistic of the records between two models, for example an AUC.
-
-    Args:
-        first: the first model's statistic of the records at the given indices (an index may occur several times).
-        second: the same for the second model.
-        units: unit of each record, int [r].
-        higher_is: whether a higher statistic is better or worse.
-        bootstrap: resamples of units, the same for both models.
-        seed: of the resamples.
-
-    Returns: n counts the records. The interval is the percentile bootstrap over units, not finite where all agree.
-    """
-    every = np.arange(len(units))
-    low, high = bootstrap_by_unit(lambda index: first(index) - second(index), units, bootstrap, seed)
-    if not low < high:
-        low, high = math.nan, math.nan
-    value = float(first(every) - second(every))
-    return Measure(value, min(low, value), max(high, value), len(units), higher_is)
-
-
-def over_seeds(
-    figures: Sequence[Measure | NotApplicable], *, bounds: tuple[float, float] = (-math.inf, math.inf)
-) -> Measure | NotApplicable:
-    """One figure of runs that differ by seed alone: the mean, with the t interval over the seeds.
-
-    That interval says what another seed may give on the same records; the interval of a single run says what other
-    patients may give. Neither holds the other.
-
-    Args:
-        figures: one a seed; those that do not apply are left out and counted.
-        bounds: range of the figure, (0, 1) for a rate; the interval is cut to it.
-
-    Returns: n counts the seeds; `extra` holds `interval_over` and `n_seeds_left_out`. One seed alone keeps its own
-    interval and n, with `interval_over`: "units". Where all seeds agree, the t interval would have no width: the widest
-    interval of the single runs stands there (`interval_over`: "units").
-    Raises: ValueError without any figure, or if they disagree on the direction.
-    Reference: Student 1908.
-    """
-    if not figures:
-        raise ValueError("no figure of any seed")
-    found = [figure for figure in figures if isinstance(figure, Measure)]
-    if not found:
-        return next(figure for figure in figures if isinstance(figure, NotApplicable))
-    if len({figure.higher_is for figure in found}) > 1:
-        raise ValueError("the figures disagree on which direction is better")
-    left_out = len(figures) - len(found)
-    if len(found) == 1:
-        extra = {**found[0].extra, "interval_over": "units", "n_seeds_left_out": left_out}
-        return replace(found[0], extra=extra)
-    values = np.array([figure.value for figure in found])
-    mean, half = float(values.mean()), _t_half_width(values)
-    low, high, over = mean - half, mean + half, "seeds"
-    if values.min() == values.max():
-        mean, over = float(values[0]), "units"
-        low, high = (  # a bound that is not finite gives way to one that is
-            float(np.fmin.reduce([figure.low for figure in found])),
-            float(np.fmax.reduce([figure.high for figure in found])),
-        )
-    extra = {"interval_over": over, "n_seeds_left_out": left_out}
-    return Measure(mean, max(bounds[0], low), min(bounds[1], high), len(found), found[0].higher_is, extra)
-
-
-def _t_half_width(values: np.ndarray) -> float:
-    """Half the 95 % t interval of a mean."""
-    quantile = float(student_t.ppf(0.975, len(values) - 1))
-    return quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def _check(first: np.ndarray, second: np.ndarray, units: np.ndarray) -> None:

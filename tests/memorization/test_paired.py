@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom, norm, ttest_1samp
-from sklearn.metrics import roc_auc_score
+from scipy.stats import binom, norm
 
 from dpmed.memorization.intervals import Measure, NotApplicable, wilson
 from dpmed.memorization.paired import (
-    over_seeds,
     paired_mean_difference,
     paired_rate_difference,
-    paired_statistic_difference,
 )
 
 CASES = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=1, max_size=40)
@@ -124,24 +121,6 @@ def test_mean_difference_is_one_mean_of_differences(cases: list[tuple[float, flo
     assert shifted.value == pytest.approx(found.value, abs=1e-9)
 
 
-def test_difference_of_aucs_draws_the_same_patients() -> None:
-    rng = np.random.default_rng(0)
-    member = np.arange(200) % 2 == 0
-    first = member + rng.normal(0, 1, 200)
-    second = first + rng.normal(0, 0.1, 200)
-
-    def auc(score: np.ndarray):
-        return lambda at: roc_auc_score(member[at], score[at]) if 0 < member[at].mean() < 1 else math.nan
-
-    found = paired_statistic_difference(auc(first), auc(second), np.arange(200), "worse", bootstrap=200)
-    every = np.arange(200)
-    assert found.value == pytest.approx(auc(first)(every) - auc(second)(every))
-    alone = paired_statistic_difference(auc(first), lambda at: 0.5, np.arange(200), "worse", bootstrap=200)
-    assert found.high - found.low < 0.3 * (alone.high - alone.low)
-    same = paired_statistic_difference(auc(first), auc(first), np.arange(200), "worse", bootstrap=20)
-    assert same.value == 0 and math.isnan(same.low)
-
-
 @pytest.mark.parametrize(("first", "second", "units"), [([], [], []), ([1], [1, 0], [0]), ([1], [1], [0, 1])])
 def test_cases_that_do_not_pair_are_refused(first: list[int], second: list[int], units: list[int]) -> None:
     with pytest.raises(ValueError, match="pairs"):
@@ -151,41 +130,3 @@ def test_cases_that_do_not_pair_are_refused(first: list[int], second: list[int],
 def test_weights_below_zero_are_refused() -> None:
     with pytest.raises(ValueError, match="weights"):
         paired_mean_difference(np.ones(2), np.zeros(2), np.arange(2), "worse", weights=np.array([1.0, -1.0]))
-
-
-def measure(value: float, low: float = 0.0, high: float = 1.0, n: int = 50) -> Measure:
-    return Measure(value, low, high, n, "worse")
-
-
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True))
-def test_seeds_give_students_interval(values: list[float]) -> None:
-    found = over_seeds([measure(value) for value in values])
-    assert isinstance(found, Measure)
-    truth = ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (found.value, found.low, found.high) == pytest.approx((np.mean(values), truth.low, truth.high), abs=1e-6)
-    assert (found.n, found.extra["interval_over"]) == (len(values), "seeds")
-    cut = over_seeds([measure(value) for value in values], bounds=(0, 1))
-    assert isinstance(cut, Measure)
-    assert (cut.low, cut.high) == pytest.approx((max(0, truth.low), min(1, truth.high)), abs=1e-6)
-
-
-def test_one_seed_keeps_its_interval_and_none_its_reason() -> None:
-    found = over_seeds([measure(0.3, 0.2, 0.4), NotApplicable("no base")])
-    assert isinstance(found, Measure)
-    assert (found.value, found.low, found.high, found.n) == (0.3, 0.2, 0.4, 50)
-    assert found.extra == {"interval_over": "units", "n_seeds_left_out": 1}
-    assert over_seeds([NotApplicable("a"), NotApplicable("b")]) == NotApplicable("a")
-
-
-def test_seeds_that_agree_do_not_claim_certainty() -> None:
-    found = over_seeds([measure(0.0, 0.0, 0.1), measure(0.0, math.nan, 0.2), measure(0.0, 0.0, 0.05)])
-    assert isinstance(found, Measure)
-    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.2)
-    assert found.extra["interval_over"] == "units"
-
-
-def test_seeds_must_agree_on_the_direction() -> None:
-    with pytest.raises(ValueError, match="direction"):
-        over_seeds([measure(0.1), Measure(0.1, 0.0, 1.0, 5, "better")])
-    with pytest.raises(ValueError, match="no figure"):
-        over_seeds([])
