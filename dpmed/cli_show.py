@@ -50,16 +50,17 @@ def run(result: Result) -> None:
 def _figure_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Each figure with its interval, which way is better, and the same of the base model and of held-out records."""
     reference = evaluation.get("reference") or {}
-    base, heldout = reference.get("base_model") or {}, reference.get("heldout") or {}
+    base, heldout = reference.get("base_model") or {}, dict(_figures(reference.get("heldout") or {}))
     for part in ("utility", "memorization"):
+        before = dict(_figures(base.get(part) or {}))
+        others = heldout if part == "memorization" else {}
         for name, figure in _figures(evaluation.get(part) or {}):
-            floors = (_at(base.get(part) or {}, name), _at(heldout, name) if part == "memorization" else None)
             yield (
                 f"{part}.{name}",
                 _number(figure["value"]),
                 f"{_number(figure.get('low'))} to {_number(figure.get('high'))}",
                 {"better": "\u2191", "worse": "\u2193"}.get(str(figure.get("higher_is")), ""),
-                *("" if floor is None else _number(floor["value"]) for floor in floors),
+                *(_number(floor[name]["value"]) if name in floor else "" for floor in (before, others)),
             )
 
 
@@ -70,11 +71,6 @@ def _figures(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Mappi
             yield f"{at}{name}", value
         elif isinstance(value, Mapping):
             yield from _figures(value, f"{at}{name}.")
-
-
-def _at(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The figure of that dotted name, if there is one."""
-    return dict(_figures(tree)).get(name)
 
 
 def frontier(result: Result) -> None:
