@@ -1,8 +1,7 @@
 """The privacy-utility frontier: a grid of runs, each its own process, and one report over all of them.
 
 Every run has its own folder with its own status, so a frontier that was killed goes on where it stood. The processes
-are
-forked from one that has imported the heavy packages already; each still starts with its own memory, seeds and entropy.
+are forked from one that has imported the heavy packages already; each starts with its own memory, seeds and entropy.
 """
 
 from __future__ import annotations
@@ -13,17 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from dpmed.environment import versions
 from dpmed.errors import DpmedError, RefutedError, fault_line
+from dpmed.grid import Job, grid
 from dpmed.progress import progress
-from dpmed.recipe import Objective, Recipe
-from dpmed.recipe_io import check_recipe, dump_recipe, merge
+from dpmed.recipe_io import check_recipe, dump_recipe
 from dpmed.report.build import build_report
 from dpmed.report.points import chosen_leak, non_dominated, points_from_run_folder
 from dpmed.runs import claim_output_dir, is_finished, read_json, write_json, write_text
@@ -31,68 +29,14 @@ from dpmed.runs import claim_output_dir, is_finished, read_json, write_json, wri
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
+    from dpmed.recipe import Recipe
+
 CANNOT_SHOW = (
     "Attacks that were not run may extract more: every leak rate here is a lower bound.",
     "The guarantee is for one patient added or removed; it says nothing of facts that many patients share.",
     "What the base model had seen before fine-tuning is not covered.",
     "The choice among these runs, made by looking at this report, is itself not covered by any epsilon.",
 )
-
-
-SPECIAL_CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "repair_only": ("sani", {"sani": {"erase_fraction": 0.0}}),
-    **{name: ("unlearn", {"unlearn": {"objective": name}}) for name in get_args(Objective)},
-}
-"""Methods of a grid that are a recipe's method with a fixed setting."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of the grid. `after` names the run whose weights it starts from."""
-
-    name: str
-    setting: str
-    method: str
-    recipe: Recipe
-    after: str | None = None
-
-
-def grid(recipe: Recipe, output_dir: Path) -> list[Job]:
-    """All runs of a recipe's frontier: the base model once, then every setting for every seed, long chains first."""
-    base = recipe.model.base or recipe.model.path
-    jobs: list[Job] = []
-    if recipe.task != "classification":  # there the base model has no trained head to measure
-        jobs.append(Job("base", "base", "base", merge(recipe, {"model": {"path": base, "base": None}})))
-    chosen = recipe.frontier.methods
-    for seed in recipe.frontier.seeds:
-        repaired = [method for method in chosen if method == "sani" or method in SPECIAL_CASES]
-        for method in ["full"] if repaired and "full" not in chosen else []:
-            jobs.append(_job(recipe, method, method, seed, {}))
-        for method in chosen:
-            if method == "dp_lora":
-                for epsilon in recipe.frontier.epsilons:
-                    budget = {"privacy": {"target_epsilon": epsilon}}
-                    jobs.append(_job(recipe, method, f"dp_lora-eps{epsilon:g}", seed, budget))
-            elif method in repaired:
-                start = output_dir / "runs" / f"full-s{seed}" / "model"
-                weights = {"model": {"path": str(start), "base": base, "revision": None}}
-                jobs.append(_job(recipe, method, method, seed, weights, after=f"full-s{seed}"))
-            else:
-                jobs.append(_job(recipe, method, method, seed, {}))
-    return jobs
-
-
-def _job(
-    recipe: Recipe, method: str, setting: str, seed: int, changes: dict[str, Any], *, after: str | None = None
-) -> Job:
-    """One run: the recipe, the method's overrides, then what the grid fixes."""
-    changed = merge(recipe, recipe.frontier.overrides.get(method, {}), where=f"frontier.overrides.{method}")
-    changed = merge(changed, changes)
-    own, fixed = SPECIAL_CASES.get(method, (method, {}))
-    changed = merge(changed, fixed)
-    changed = merge(changed, {"method": own, "training": {"seed": seed}})
-    check_recipe(changed)
-    return Job(f"{setting}-s{seed}", setting, method, changed, after)
 
 
 def run_frontier(recipe: Recipe, output_dir: Path, *, jobs: int = 1, resume: bool = False) -> dict[str, Any]:

@@ -7,6 +7,22 @@ from typing import Any, Literal
 
 Method = Literal["full", "lora", "dp_lora", "sani", "unlearn"]
 Objective = Literal["gradient_ascent", "gradient_difference", "npo", "task_vector"]
+FrontierMethod = Literal[
+    "full",
+    "lora",
+    "dp_lora",
+    "clean_retrain",
+    "sani",
+    "repair_only",
+    "pruning",
+    "rewind",
+    "gradient_ascent",
+    "gradient_difference",
+    "npo",
+    "task_vector",
+]
+START_FROM_BASE: tuple[FrontierMethod, ...] = ("full", "lora", "dp_lora", "clean_retrain")
+"""Methods of a grid that start from the model before fine-tuning; the others from the `full` run of their seed."""
 
 
 @dataclass
@@ -159,7 +175,7 @@ class TrainingSection:
     """A chosen few of transformers.TrainingArguments."""
 
     epochs: float = 3.0
-    """Passes over the records (dp_lora: expected passes over the patients)."""
+    """Passes over the records (dp_lora: expected passes over the patients). 0, for sani, erases without repair."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     head_learning_rate: float | None = None
@@ -272,27 +288,18 @@ class ReleaseSection:
 class FrontierSection:
     """The grid of runs."""
 
-    methods: list[
-        Literal[
-            "full",
-            "lora",
-            "dp_lora",
-            "sani",
-            "repair_only",
-            "gradient_ascent",
-            "gradient_difference",
-            "npo",
-            "task_vector",
-        ]
-    ] = field(default_factory=lambda: ["full", "lora", "dp_lora", "sani"])
-    """Methods; repair_only is sani with erase_fraction 0, the last four are the objectives of unlearn. From sani on,
-    all start from the `full` run of the same seed."""
+    methods: list[FrontierMethod] = field(default_factory=lambda: ["full", "lora", "dp_lora", "sani"])
+    """Methods. sani and repair_only (sani with erase_fraction 0), pruning and rewind (neurons reset to zero or to the
+    base, no repair) and the objectives of unlearn start from the `full` run of the same seed; clean_retrain trains the
+    base as `full` does, but never on a target."""
     epsilons: list[float] = field(default_factory=lambda: [1.0, 8.0])
     """Target epsilons of dp_lora."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """One run of every setting per seed."""
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per method, recipe keys that differ: {full: {training: {learning_rate: 1.0e-4}}}."""
+    grids: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per method, keys with lists of values, run in every combination: {sani: {training: {epochs: [1, 2]}}}."""
 
 
 @dataclass

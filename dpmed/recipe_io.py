@@ -18,7 +18,7 @@ from typing import Any, get_args
 import yaml
 
 from dpmed.errors import InputError
-from dpmed.recipe import Objective, Recipe
+from dpmed.recipe import START_FROM_BASE, FrontierMethod, Objective, Recipe
 from dpmed.recipe_values import (
     RecipeDumper,
     Values,
@@ -119,7 +119,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "unlearn.retain_weight": _NOT_NEGATIVE,
     "unlearn.alpha": _POSITIVE,
     "unlearn.k": _COUNT,
-    "training.epochs": _POSITIVE,
+    "training.epochs": _NOT_NEGATIVE,
     "training.learning_rate": _POSITIVE,
     "training.batch_size": _COUNT,
     "training.warmup_steps": _NOT_NEGATIVE,
@@ -157,6 +157,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _MAY_BE_EMPTY = ("frontier.epsilons", "release.quantise")  # a grid without dp_lora has none; no rounding tested
 _FIXED_BY_THE_GRID = ("method", "task", "frontier")
+_ERASES = ("sani", "pruning", "rewind")  # without any epoch they still do something
+_VARIED_ELSEWHERE = {"privacy.target_epsilon": "frontier.epsilons", "training.seed": "frontier.seeds"}
 
 
 def check_recipe(recipe: Recipe, *, frontier: bool = False) -> None:
@@ -169,11 +171,13 @@ def check_recipe(recipe: Recipe, *, frontier: bool = False) -> None:
     """
     _check_values(recipe)
     _check_labels(recipe)
+    if not frontier:
+        _check_epochs(recipe, recipe.method)
     methods = recipe.frontier.methods if frontier else [recipe.method]
     key = "frontier.methods" if frontier else "method"
     if "dp_lora" in methods and recipe.data.unit is None:
         raise InputError(f"{key}: dp_lora needs the patient column: set data.unit")
-    sani = [method for method in methods if method in ("sani", "repair_only")]
+    sani = [method for method in methods if method in ("sani", "repair_only", "clean_retrain", "pruning", "rewind")]
     if sani and recipe.task == "classification":
         raise InputError(
             f"{key}: {sani[0]} repairs a language model, not a classifier: set task to causal_lm or masked_lm, "
@@ -221,22 +225,67 @@ def _check_grid(recipe: Recipe) -> None:
         raise InputError("data.heldout: a frontier needs patients outside the training data: set data.heldout")
     if "dp_lora" in grid.methods and not grid.epsilons:
         raise InputError("frontier.epsilons: the list is empty, and dp_lora needs one at least: e.g. [1.0, 8.0]")
-    known = get_args(get_args(recipe_keys()["frontier.methods"].hint)[0])
     for method, overrides in grid.overrides.items():
-        if method not in known:
-            nearest = difflib.get_close_matches(method, known, n=1)
-            hint = f"did you mean '{nearest[0]}'?" if nearest else f"name one of {', '.join(known)}"
-            raise InputError(f"frontier.overrides: unknown method '{method}': {hint}")
         where = f"frontier.overrides.{method}"
-        fixed = [key for key in overrides if key.partition(".")[0] in _FIXED_BY_THE_GRID]
-        if fixed:
-            raise InputError(f"{where}: '{fixed[0]}' is the same for all runs of a frontier: remove it")
-        changed = merge(recipe, overrides, where=where)
-        try:
-            _check_values(changed)
-            _check_labels(changed)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+        _check_method(method, "frontier.overrides")
+        _check_changes(recipe, method, overrides, where=where)
+    for method in grid.grids:
+        _check_method(method, "frontier.grids")
+        _check_varied(recipe, method, where=f"frontier.grids.{method}")
+
+
+def _check_epochs(recipe: Recipe, method: str) -> None:
+    if recipe.training.epochs == 0 and method not in _ERASES:
+        raise InputError(f"training.epochs: got 0.0, and {method} would learn nothing: expected a number above 0")
+
+
+def _check_method(method: str, key: str) -> None:
+    known = get_args(FrontierMethod)
+    if method not in known:
+        nearest = difflib.get_close_matches(method, known, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"name one of {', '.join(known)}"
+        raise InputError(f"{key}: unknown method '{method}': {hint}")
+
+
+def _check_changes(recipe: Recipe, method: str, changes: Mapping[str, Any], *, where: str) -> None:
+    """Refuse what a grid cannot change, and values that no recipe may have."""
+    fixed = [key for key in changes if key.partition(".")[0] in _FIXED_BY_THE_GRID]
+    if fixed:
+        raise InputError(f"{where}: '{fixed[0]}' is the same for all runs of a frontier: remove it")
+    changed = merge(recipe, changes, where=where)
+    try:
+        _check_values(changed)
+        _check_labels(changed)
+        _check_epochs(changed, method)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def varied_keys(recipe: Recipe, method: str) -> dict[str, Any]:
+    """Dotted key -> values to try of a method's grid, which may be written nested or dotted, as a recipe."""
+    flat: dict[str, Any] = {}
+    for name, value in recipe.frontier.grids.get(method, {}).items():
+        flat |= {f"{name}.{key}": values for key, values in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _check_varied(recipe: Recipe, method: str, *, where: str) -> None:
+    """Check each value of a method's grid by itself."""
+    grid = recipe.frontier
+    if method not in grid.methods:
+        raise InputError(f"{where}: {method} is not among frontier.methods: name it there, or remove its grid")
+    if method == "full" and any(other not in START_FROM_BASE for other in grid.methods):
+        raise InputError(f"{where}: other methods start from the full run, and of a grid there would be several")
+    for key, values in varied_keys(recipe, method).items():
+        if key in _VARIED_ELSEWHERE:
+            raise InputError(f"{where}: '{key}' is varied by {_VARIED_ELSEWHERE[key]}: set it there")
+        if key.count(".") != 1 or not isinstance(values, list) or not values:
+            raise InputError(f"{where}: '{key}': expected a dotted key and a list of values: training.epochs: [1, 2]")
+        if len(set(map(shown, values))) < len(values):
+            raise InputError(f"{where}: '{key}': the same value stands twice in {shown(values)}: name each once")
+        for value in values:
+            section, _, last = key.partition(".")
+            _check_changes(recipe, method, {section: {last: value}}, where=where)
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------

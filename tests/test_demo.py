@@ -15,7 +15,7 @@ from dpmed.data.records import check_disjoint, load_records
 from dpmed.demo import demo_recipe, run_demo
 from dpmed.demo_model import demo_base_model
 from dpmed.errors import InputError
-from dpmed.frontier import grid
+from dpmed.grid import grid
 from dpmed.recipe import Recipe
 from dpmed.recipe_io import check_recipe, merge
 

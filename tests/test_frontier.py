@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_runs import N_HELDOUT, N_TRAIN, RECORDS_PER_UNIT, World, figures, files, make_world
 
 from dpmed.errors import DpmedError, InputError
-from dpmed.frontier import grid, run_frontier
+from dpmed.frontier import run_frontier
+from dpmed.grid import grid
 from dpmed.recipe import Objective, Recipe
 from dpmed.recipe_io import dump_recipe, merge
 from dpmed.runs import last_checkpoint
@@ -69,6 +72,64 @@ def test_an_override_of_the_fraction_does_not_make_repair_only_erase(world: Worl
     jobs = grid(recipe_for(world, ["sani", "repair_only"], frontier={"overrides": overrides}), tmp_path)
     fractions = {job.name: job.recipe.sani.erase_fraction for job in jobs if job.recipe.method == "sani"}
     assert fractions == {"sani-s0": 0.25, "repair_only-s0": 0.0}
+
+
+def test_a_grid_of_keys_is_run_in_every_combination(world: World, tmp_path: Path) -> None:
+    grids = {
+        "sani": {"sani": {"erase_layers": [1, "all", [0, 1]], "erase_fraction": [0.25, 1.0]}, "training.epochs": [2]},
+        "dp_lora": {"lora.rank": [1, 2]},
+    }
+    recipe = recipe_for(world, ["dp_lora", "sani"], frontier={"grids": grids, "epsilons": [8.0]})
+    jobs = {job.name: job for job in grid(recipe, tmp_path)}
+    assert set(jobs) == {
+        "base",
+        "full-s0",
+        *(f"dp_lora-eps8-rank={rank}-s0" for rank in (1, 2)),
+        *(
+            f"sani-erase_layers={layers}-erase_fraction={fraction}-epochs=2-s0"
+            for layers in ("1", "all", "0+1")
+            for fraction in ("0.25", "1")
+        ),
+    }
+    job = jobs["sani-erase_layers=0+1-erase_fraction=0.25-epochs=2-s0"]
+    made = job.recipe
+    assert (made.sani.erase_layers, made.sani.erase_fraction, made.training.epochs) == ([0, 1], 0.25, 2)
+        [0, 1],
+        0.25,
+        2,
+    )
+    assert job.setting == job.name.removesuffix("-s0") and job.method == "sani"
+    assert jobs["dp_lora-eps8-rank=2-s0"].recipe.lora.rank == 2
+
+
+def test_the_baselines_of_sani(world: World, tmp_path: Path) -> None:
+    """A clean retrain starts from the base and trains as `full` does; pruning and rewinding train nothing."""
+    overrides = {"full": {"training": {"epochs": 7}}, "sani": {"training": {"epochs": 2}}}
+    methods = ["clean_retrain", "pruning", "rewind"]
+    jobs = {job.method: job for job in grid(recipe_for(world, methods, frontier={"overrides": overrides}), tmp_path)}
+    assert list(jobs) == ["base", "full", *methods]
+    clean, pruned, rewound = (jobs[name].recipe for name in methods)
+    assert clean.model.path == str(world.base) and jobs["clean_retrain"].after is None
+    assert (clean.training.epochs, clean.method, clean.sani.erase_fraction) == (7, "sani", 0)
+    assert jobs["pruning"].after == jobs["rewind"].after == "full-s0"
+    assert (pruned.training.epochs, pruned.sani.reset_to) == (0, "zero")
+    assert (rewound.training.epochs, rewound.sani.reset_to, rewound.sani.erase_fraction) == (0, "base", 1)
+
+
+def test_pruning_and_rewinding_change_the_erased_neurons_alone(world: World, tmp_path: Path) -> None:
+    recipe = recipe_for(world, ["pruning", "rewind"])
+    run_frontier(recipe, tmp_path / "out")
+    full, pruned, rewound = (
+        load_file(tmp_path / "out" / "runs" / f"{name}-s0" / "model" / "model.safetensors")
+        for name in ("full", "pruning", "rewind")
+    )
+    base = load_file(world.base / "model.safetensors")
+    for name, weight in full.items():
+        last = ".1.mlp." in name  # the second of two blocks
+        assert torch.equal(weight, pruned[name]) == (not last), name
+        assert torch.equal(rewound[name], base[name] if last else weight), name
+        if last and "gate" in name:
+            assert int((pruned[name] == 0).all(dim=1).sum()) == len(weight) // 2
 
 
 def test_the_objectives_of_unlearning_are_methods_of_a_grid(world: World, tmp_path: Path) -> None:

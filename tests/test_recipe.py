@@ -290,6 +290,17 @@ def grid(*flags: str) -> Recipe:
         (["--frontier.overrides.full.training.lr=1"], "frontier.overrides.full: unknown key 'training.lr'"),
         (["--frontier.overrides.full.training.epochs=0"], "frontier.overrides.full: training.epochs: got 0.0"),
         (["--frontier.overrides.full.method=lora"], "frontier.overrides.full: 'method' is the same for all runs"),
+        (["--frontier.grids.ful.training.epochs=[1]"], "frontier.grids: unknown method 'ful'"),
+        (["--frontier.grids.npo.training.epochs=[1]"], "npo is not among frontier.methods"),
+        (["--frontier.grids.full.training.epochs=[1, 2]"], "other methods start from the full run"),
+        (["--frontier.grids.lora.training.epochs=2"], "'training.epochs': expected a dotted key and a list"),
+        (["--frontier.grids.lora.training.epochs=[]"], "'training.epochs': expected a dotted key and a list"),
+        (["--frontier.grids.lora.training.epochs=[1, 1]"], "the same value stands twice"),
+        (["--frontier.grids.lora.training.epochs=[1, 0]"], "frontier.grids.lora: training.epochs: got 0.0"),
+        (["--frontier.grids.lora.training.epoch=[1]"], "frontier.grids.lora: unknown key 'training.epoch'"),
+        (["--frontier.grids.lora.training.seed=[1]"], "'training.seed' is varied by frontier.seeds"),
+        (["--frontier.grids.dp_lora.privacy.target_epsilon=[1]"], "varied by frontier.epsilons"),
+        (["--frontier.grids={lora: {method: [full]}}"], "'method': expected a dotted key"),
         (
             ["--task=classification", "--data.label=l", "--frontier.methods=[full, repair_only]"],
             "frontier.methods: repair_only repairs a language model",
@@ -305,6 +316,8 @@ def test_check_passes_what_can_work() -> None:
     check_recipe(grid(), frontier=True)
     check_recipe(grid("--frontier.methods=[full]", "--frontier.epsilons=[]", "--data.unit=null"), frontier=True)
     check_recipe(grid("--frontier.overrides.full.training.epochs=2"), frontier=True)
+    check_recipe(grid("--frontier.grids.sani.sani.erase_layers=[1, all, [0, 2]]"), frontier=True)
+    check_recipe(grid("--frontier.grids={sani: {training.epochs: [0, 1]}}"), frontier=True)
     check_recipe(replace(made("--data.unit=p"), method="dp_lora"))
 
 

@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 from dpmed import cli
 from dpmed.errors import InputError
-from dpmed.frontier import Job, grid
+from dpmed.grid import Job, grid
 from dpmed.pipeline import train
 from dpmed.recipe import FrontierSection, Recipe
 from dpmed.recipe_io import check_recipe, load_recipe, merge, shipped_recipes

@@ -10,7 +10,7 @@ from dpmed.report.points import Point, finite, lookup, non_dominated
 from dpmed.report.points import chosen_leak as points_leak
 
 METHOD_ORDER = (
-    *("base", "full", "lora", "dp_lora", "sani", "repair_only"),
+    *("base", "full", "clean_retrain", "lora", "dp_lora", "sani", "repair_only", "pruning", "rewind"),
     *("unlearn", "gradient_ascent", "gradient_difference", "npo", "task_vector"),
 )
 UTILITY_KEYS = ("f1_weighted", "f1_macro", "f1_micro", "accuracy", "perplexity")
