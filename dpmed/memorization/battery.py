@@ -35,6 +35,7 @@ from dpmed.memorization.membership import (
     zlib_lengths,
     zlib_score,
 )
+from dpmed.memorization.other_words import other_word_figures
 from dpmed.memorization.paired import paired_mean_difference, paired_rate_difference
 from dpmed.memorization.statistics import TokenScores
 from dpmed.recipe import EvaluationSection
@@ -46,6 +47,7 @@ WITH_BASE = ("reference", "ez")
 """Attacks that compare the model with the one before fine-tuning."""
 CONTINUED = ("extraction_rate", "extraction", "probabilistic_extraction", "extraction_strength")
 """Figures of models that continue a text."""
+TEXT_UTILITY = ("perplexity", "other_words_accuracy", "other_words_perplexity")
 
 NO_BASE = "no base model was given (model.base)"
 CLASSIFIER_TEXT = "a classifier gives no probabilities of text"
@@ -119,6 +121,12 @@ class Battery:
             bounds = (np.nan, np.nan)  # one patient tells nothing about another
         value, low, high = np.exp(np.minimum([loss.sum() / tokens.sum(), *bounds], 700.0))  # exp(710) overflows
         return Measure(float(value), float(low), float(high), int(tokens.sum()), "worse")
+
+    def utility(self, side: Side, scores: TokenScores) -> dict[str, Any]:
+        """How well held-out text is predicted: all of it, and what is in no identifier."""
+        resamples: dict[str, Any] = {"bootstrap": self.settings.bootstrap, "seed": SEED}
+        figures = other_word_figures(scores, side.encoded, self.spec, **resamples)
+        return {"perplexity": self.perplexity(side, scores), **figures}
 
     def minus_base(self, side: Side, scores: TokenScores, base: TokenScores) -> dict[str, Any]:
         """Rates of the model minus those of its base, on the same records: the choice of patients cancels."""

@@ -25,6 +25,7 @@ from dpmed.memorization.battery import (
     MASKED_CONTINUES,
     NO_BASE,
     SEED,
+    TEXT_UTILITY,
     Battery,
     Side,
     classifier_nothing,
@@ -185,7 +186,7 @@ class MemorizationEvaluator:
         nothing = not_generated(CLASSIFIER_TEXT)["memorization"]
         nothing |= dict.fromkeys(("kinds", "persistence", "minus_base"), NotApplicable(CLASSIFIER_TEXT))
         tree = {
-            "utility": {"perplexity": NotApplicable(CLASSIFIER_TEXT)},
+            "utility": dict.fromkeys(TEXT_UTILITY, NotApplicable(CLASSIFIER_TEXT)),
             "memorization": {
                 **classifier_nothing(),
                 **nothing,
@@ -213,7 +214,7 @@ class MemorizationEvaluator:
             NotApplicable(NO_BASE) if base is None else battery.minus_base(members, scores["train"], base["train"])
         )
         tree: dict[str, Any] = {
-            "utility": {"perplexity": battery.perplexity(others, scores["heldout"])},
+            "utility": battery.utility(others, scores["heldout"]),
             "memorization": memorization,
             "reference": {
                 "base_model": NotApplicable(NO_BASE) if base is None else self._base_figures(members, others, base),
@@ -287,7 +288,7 @@ class MemorizationEvaluator:
         memorization["train_perplexity"] = battery.perplexity(members, base["train"])
         memorization |= battery.membership(members, others, base, None, "this is the base model")
         return {
-            "utility": {"perplexity": battery.perplexity(others, base["heldout"])},
+            "utility": battery.utility(others, base["heldout"]),
             "memorization": memorization,
             "heldout": battery.generative(others, base["heldout"])[0],
         }

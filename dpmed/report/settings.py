@@ -13,7 +13,7 @@ METHOD_ORDER = (
     *("base", "full", "clean_retrain", "lora", "dp_lora", "sani", "repair_only", "pruning", "rewind"),
     *("unlearn", "gradient_ascent", "gradient_difference", "npo", "task_vector"),
 )
-UTILITY_KEYS = ("f1_weighted", "f1_macro", "f1_micro", "accuracy", "perplexity")
+UTILITY_KEYS = ("f1_weighted", "f1_macro", "f1_micro", "accuracy", "other_words_accuracy", "perplexity")
 
 
 @dataclass(frozen=True)

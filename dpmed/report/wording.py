@@ -11,6 +11,7 @@ UTILITY_NAMES = {
     "f1_macro": "Macro F1",
     "f1_micro": "Micro F1",
     "accuracy": "Accuracy",
+    "other_words_accuracy": "Accuracy on words in no identifier",
     "perplexity": "Perplexity",
 }
 LEAK_NAMES = {"identifier_extraction_rate": "Identifier extraction", "extraction_rate": "Record extraction"}
