@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import polars
 from datasets import ClassLabel, Dataset, DatasetDict, List
 
 from dpmed.errors import InputError
@@ -104,6 +103,8 @@ def _from_file(path: Path) -> Table:
     if suffix not in _FORMATS:
         raise InputError(f"{path}: unknown format '{suffix}': use {', '.join(_FORMATS)} or a save_to_disk folder")
     if suffix == ".parquet":
+        import polars  # lazily: the largest of the libraries after torch, and read for this format only
+
         try:
             frame = polars.read_parquet(path)
         except Exception as error:  # whatever polars raises may quote a cell
