@@ -163,6 +163,19 @@ def in_own_process(job: Job) -> dict[str, Any]:
     }
 
 
+def in_this_process(job: Job) -> dict[str, Any]:
+    """Measure here. For a GPU, whose peak memory can be counted anew; saves the start of a process."""
+    import gc
+
+    import torch
+    from measure import measure
+
+    gc.collect()  # the model before, which trainers hold in cycles
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return measure(job)
+
+
 def say(found: dict[str, Any]) -> None:
     """One line about a measurement."""
     what = f"{found['row']} {found['column']} repetition {found['repetition']} B={found['batch']}"
@@ -175,8 +188,8 @@ def say(found: dict[str, Any]) -> None:
         print(f"{what}: {speed}, {summary.peak(found):.0f} MiB, load {found['load']}", file=sys.stderr, flush=True)
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[list[Row], Settings, Path, bool]:
-    """The command line: rows, settings, output file, and whether to start anew."""
+def parse(arguments: Sequence[str] | None) -> tuple[list[Row], Settings, argparse.Namespace]:
+    """The command line: rows, settings, and the rest."""
     by_name = {row.name: row for row in ROWS}
     parser = argparse.ArgumentParser(prog="bench.py", description="Speed of DP-LoRA beside plain LoRA and Opacus.")
     parser.add_argument("--rows", help=f"comma-separated, of {', '.join(by_name)}; default: all that the device can")
@@ -188,6 +201,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[list[Row], Settings, Path, b
     parser.add_argument("--models", help="folder with minilm-l6 and smollm2-135m")
     parser.add_argument("--data", help="folder with the IU X-ray reports, see recipes/iu_xray")
     parser.add_argument("--output", type=Path, help="default: results/DEVICE.json beside this script")
+    parser.add_argument("--batch", type=int, help="physical batch of the rows that else search for their largest")
+    parser.add_argument("--columns", help="comma-separated; default: all of a row")
+    parser.add_argument("--together", action="store_true", help="cuda only: all in one process")
     parser.add_argument("--fresh", action="store_true", help="measure again what the output file holds")
     options = parser.parse_args(arguments)
     names = [row.name for row in ROWS if options.device == "cuda" or not row.cuda]
@@ -207,14 +223,27 @@ def parse(arguments: Sequence[str] | None) -> tuple[list[Row], Settings, Path, b
         models=options.models,
         data=options.data,
     )
-    output = options.output or HERE / "results" / f"{options.device}.json"
-    return [by_name[name] for name in names], settings, output, options.fresh
+    if options.together and options.device != "cuda":
+        parser.error("--together needs --device cuda: resident memory cannot be counted anew within a process")
+    options.output = options.output or HERE / "results" / f"{options.device}.json"
+    return [_changed(by_name[name], options) for name in names], settings, options
+
+
+def _changed(row: Row, options: argparse.Namespace) -> Row:
+    """The row with the batch and the columns that the command line asks for."""
+    columns = row.columns if not options.columns else tuple(c for c in row.columns if c in options.columns.split(","))
+    return replace(row, batch=row.batch or options.batch, columns=columns)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    rows, settings, output, fresh = parse(arguments)
-    results = Results(output, rows, settings, fresh=fresh)
-    run(rows, settings, results, in_own_process)
+    rows, settings, options = parse(arguments)
+    results = Results(options.output, rows, settings, fresh=options.fresh)
+    if options.together:
+        from dpmed import environment
+
+        environment.prepare(online=False)
+        os.environ["DPMED_LEDGER"] = "none"
+    run(rows, settings, results, in_this_process if options.together else in_own_process)
     print(summary.markdown(results.document))
     return 0
 

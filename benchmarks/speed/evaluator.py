@@ -7,7 +7,8 @@ Records have as many tokens as a prefix and a suffix. Columns: `bare` (the model
 battery's batches), `battery` (statistics and all pure metrics), `one_by_one` (generate, a record at a time), `batched`
 (generate, many records at a time). They take turns within a repetition; ratios are taken within it, of wall-clock and
 of CPU seconds: on a machine that others use the latter are the steadier. `scale`: the battery on ten times the records,
-each in its own process; memory is ru_maxrss, start-up and model included. No text is written.
+each in its own process; memory is ru_maxrss, start-up and model included, and on a GPU what
+torch allocated at most. No text is written.
 """
 
 from __future__ import annotations
@@ -64,10 +65,13 @@ class Case:
         model: folder of a causal language model.
         data: see `load_texts`.
         records: how many.
-        generated: how many of them the generating columns take; their time is scaled up to all.
+        generated: how many of them are generated in batches; their time is scaled up to all.
+        singles: how many are generated one by one.
     """
 
-    def __init__(self, model: str, data: str, records: int, generated: int, batch_tokens: int, device: str) -> None:
+    def __init__(
+        self, model: str, data: str, records: int, generated: int, singles: int, batch_tokens: int, device: str
+    ) -> None:
         import torch
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,7 +87,7 @@ class Case:
         data_set = Dataset.from_dict({"text": self.texts, "unit": units, "record_id": units})
         self.spec = TaskSpec(max_length=256)
         self.encoded = encode(data_set, self.tokenizer, self.spec)
-        self.generated = min(generated, records)
+        self.generated, self.singles = min(generated, records), min(singles, generated, records)
         self.batch_tokens = batch_tokens
         self.device = device
 
@@ -129,16 +133,16 @@ class Case:
         return 1.0
 
     def one_by_one(self) -> float:
-        return self._generate(1)
+        return self._generate(1, self.singles)
 
     def batched(self) -> float:
-        return self._generate(32)
+        return self._generate(32, self.generated)
 
-    def _generate(self, batch: int) -> float:
-        """Greedy continuations of `generated` records; returns which share of all records they are."""
+    def _generate(self, batch: int, n: int) -> float:
+        """Greedy continuations of n records; returns which share of all records they are."""
         import torch
 
-        heads = [e.input_ids[: e.text_start + PREFIX] for e in self.encoded if e.window == 0][: self.generated]
+        heads = [e.input_ids[: e.text_start + PREFIX] for e in self.encoded if e.window == 0][:n]
         for start in range(0, len(heads), batch):
             ids = torch.tensor(heads[start : start + batch], device=self.device)
             self.model.generate(
@@ -150,7 +154,7 @@ class Case:
                 pad_token_id=0,
                 eos_token_id=None,
             )
-        return self.generated / self.encoded.n_records
+        return n / self.encoded.n_records
 
 
 def timed(run: Callable[[], float], device: str) -> Seconds:
@@ -192,16 +196,31 @@ def ratios(found: Sequence[dict[str, Seconds]]) -> dict[str, dict[str, float]]:
 def in_own_process(options: argparse.Namespace, records: int) -> dict[str, float]:
     """Seconds and peak memory of one battery on so many records."""
     command = [sys.executable, __file__, "--model", options.model, "--data", options.data, "--alone"]
-    command += ["--records", str(records), "--batch_tokens", str(options.batch_tokens), "--device", options.device]
+    command += [
+        "--records",
+        str(records),
+        "--generated",
+        "1",
+        "--batch_tokens",
+        str(options.batch_tokens),
+        "--device",
+        options.device,
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def alone(case: Case) -> dict[str, float]:
-    """What `in_own_process` reads."""
+    """What `in_own_process` reads; on a GPU its memory stands beside that of the process."""
+    import torch
+
+    if case.device != "cpu":
+        case.bare()  # libraries and kernels are loaded on first use
     seconds = timed(case.battery, case.device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"n_records": case.encoded.n_records, "tokens": case.tokens(), "peak_bytes": peak, **seconds}
+    peaks = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if case.device != "cpu":
+        peaks["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return {"n_records": case.encoded.n_records, "tokens": case.tokens(), **peaks, **seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,35 +229,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="folder of PHEE, or a file of JSON lines with `text`")
     parser.add_argument("--records", type=int, default=96)
     parser.add_argument("--generated", type=int, default=32, help="records that are generated; times are scaled up")
+    parser.add_argument("--singles", type=int, help="of these, how many are generated one by one; default: all")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--batch_tokens", type=int, default=8192)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="default: results/evaluator_DEVICE.json beside this script")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    size = (options.records, options.generated, options.batch_tokens, options.device)
+    singles = options.generated if options.singles is None else options.singles
+    size = (options.records, options.generated, singles, options.batch_tokens, options.device)
     if options.alone:
         print(json.dumps(alone(Case(options.model, options.data, *size))))
         return 0
     # Before the model is loaded here: a child inherits its parent's peak.
     scale = [in_own_process(options, options.records), in_own_process(options, 10 * options.records)]
     case = Case(options.model, options.data, *size)
-    from dpmed.environment import versions
+    from dpmed.environment import device, versions
 
     case.bare()  # warm
+    if options.device != "cpu":
+        case.battery()
     found = measure(case, COLUMNS, options.repetitions)
     document = {
         "settings": {k: getattr(options, k) for k in ("records", "generated", "repetitions", "batch_tokens", "device")}
-        | {"prefix_tokens": PREFIX, "suffix_tokens": SUFFIX, "threads": os.environ.get("OMP_NUM_THREADS")},
+        | {
+            "singles": singles,
+            "prefix_tokens": PREFIX,
+            "suffix_tokens": SUFFIX,
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+        },
         "model": Path(options.model).name,
         "n_tokens": case.tokens(),
         "seconds": found,
         "ratios": ratios(found),
         "scale": {
             "runs": scale,
-            "ratios": {key: scale[1][key] / scale[0][key] for key in ("tokens", "wall", "cpu", "peak_bytes")},
+            "ratios": {key: scale[1][key] / scale[0][key] for key in scale[0] if key != "n_records"},
         },
-        "environment": {"versions": versions(), "cpu_count": os.cpu_count(), "load": os.getloadavg()[0]},
+        "environment": {
+            "device": device(),
+            "versions": versions(),
+            "cpu_count": os.cpu_count(),
+            "load": os.getloadavg()[0],
+        },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     output = options.output or HERE / "results" / f"evaluator_{options.device}.json"

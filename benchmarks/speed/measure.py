@@ -105,6 +105,7 @@ def measure(job: Job) -> dict[str, Any]:
     from workloads import NotHere, make_workload
 
     from dpmed.environment import device
+    from dpmed.errors import InputError, PrivacyError
 
     torch.set_num_threads(job.settings.threads)
     found: dict[str, Any] = {
@@ -127,7 +128,15 @@ def measure(job: Job) -> dict[str, Any]:
         return {**found, **_as_planned(watch.reading(), job)}
     except NotHere as reason:
         return {**found, "null": str(reason)}
-    except (RuntimeError, NotImplementedError, ValueError, AssertionError, AttributeError) as error:
+    except (
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+        AssertionError,
+        AttributeError,
+        InputError,
+        PrivacyError,
+    ) as error:
         lines = str(error).splitlines() or [""]
         return {**found, "null": f"{type(error).__name__}: {lines[0][:200]}"}
     finally:

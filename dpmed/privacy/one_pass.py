@@ -192,10 +192,10 @@ class OnePassEngine(FlatParameters):
     def write(self, parameter: nn.Parameter, record_rows: Tensor) -> None:
         """Add one use's per-record gradients [b, *the slot's shape] to the units' rows."""
         slot = self._slots[id(parameter)]
-        new = record_rows.reshape(self._n_records, -1).float()
+        new = record_rows.reshape(self._n_records, -1)  # bfloat16 under autocast: made float32 on its way into the rows
         target = slot.rows.view(self._n_units, -1)
         if self._positions is not None:
-            (target if slot.written else target.zero_()).index_add_(0, self._positions, new)
+            (target if slot.written else target.zero_()).index_add_(0, self._positions, new.float())
         elif slot.written:
             target.add_(new)
         else:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 0.1
-"""Relative, for weights of fewer bits, whose rounding alone makes about 1 %."""
+"""Relative, for a model with any weights of fewer bits, a frozen base too, whose rounding alone makes about 1 %."""
 SAME = {torch.float32: 1e-5, torch.float64: 1e-5}
 """Relative, of a loss computed twice in batches of one shape; 1e-2 for weights of fewer bits."""
 
@@ -58,13 +58,14 @@ def prove(
         _check_training_mode(model, flat, losses, len(units))
         _without_dropout(model, flat)
         alone = _one_by_one(flat, truth, units)
+        tolerance = max(TOLERANCE.get(p.dtype, COARSE) for p in model.parameters())
         engine = attach()
         try:
             engine.begin(units, flat.parameters[0].device)
             engine.backward(losses(range(len(units))))
             for row, (unit, gradients) in zip(engine.unit_gradients(), alone.items(), strict=True):
                 engine.write_gradients(row)
-                _compare(flat, gradients, unit)
+                _compare(flat, gradients, unit, tolerance)
         except BaseException:
             engine.detach()
             raise
@@ -86,7 +87,7 @@ def _one_by_one(
     return found
 
 
-def _compare(flat: FlatParameters, alone: Sequence[Tensor], unit: int) -> None:
+def _compare(flat: FlatParameters, alone: Sequence[Tensor], unit: int, tolerance: float) -> None:
     """Compare `.grad` with the truth, relative to the unit's whole gradient."""
     size = torch.stack([g.float().norm() for g in alone]).norm()
     if not bool(torch.isfinite(size)) or float(size) == 0:
@@ -97,7 +98,7 @@ def _compare(flat: FlatParameters, alone: Sequence[Tensor], unit: int) -> None:
     for name, parameter, truth in zip(flat.names, flat.parameters, alone, strict=True):
         got = torch.zeros_like(truth) if parameter.grad is None else parameter.grad
         difference = float((got.float() - truth.float()).norm() / size)
-        if not difference <= TOLERANCE.get(parameter.dtype, COARSE):
+        if not difference <= tolerance:
             raise PrivacyError(
                 f"{name}: on public trial records its gradient for one unit differs by {difference:.1%} from that unit"
                 " alone: records influence each other in this model, or the weight is used outside its layer; freeze it"

@@ -45,7 +45,7 @@ def test_records_are_as_long_as_prefix_and_suffix(script: Any, tiny_tokenizer: A
 
 
 def in_this_process(script: Any, options: Any, records: int) -> dict[str, float]:
-    case = script.Case(options.model, options.data, records, 1, options.batch_tokens, options.device)
+    case = script.Case(options.model, options.data, records, 1, 1, options.batch_tokens, options.device)
     return script.alone(case)
 
 

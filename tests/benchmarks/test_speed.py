@@ -122,6 +122,28 @@ def test_largest_batch_is_what_both_fit(scripts: Any, tmp_path: Path) -> None:
     assert "OutOfMemoryError" in document["rows"]["tiny-t16"]["ghost"]["null"]
 
 
+def test_the_command_line_fixes_batch_and_columns(scripts: Any) -> None:
+    given = ["--device", "cuda", "--together", "--rows", "llama-1b-t512,smollm2-t128", "--batch", "6"]
+    rows, settings, options = scripts["bench"].parse([*given, "--columns", "plain,one_pass"])
+    assert [(row.name, row.batch, row.columns) for row in rows] == [
+        ("llama-1b-t512", 6, ("plain", "one_pass")),
+        ("smollm2-t128", 4, ("plain", "one_pass")),
+    ]
+    assert settings.device == "cuda" and options.together
+    with pytest.raises(SystemExit):
+        scripts["bench"].parse(["--together"])
+
+
+def test_measurements_together_share_a_process(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda name=name: calls.append(name))
+    rows = scripts["rows"]
+    job = rows.Job(tiny_row(scripts), "one_pass", 0, 8, one_step(scripts))
+    assert scripts["bench"].in_this_process(job)["records"] == 8
+    assert calls == ["empty_cache", "reset_peak_memory_stats"]
+
+
 def made_up(job: Any, *, seconds: float) -> dict[str, Any]:
     """A result as a measurement would give it."""
     counts = {"n_steps": 1, "passes": 1, "records": job.batch, "real_tokens": 100, "padded_tokens": 100}
