@@ -71,7 +71,7 @@ def make_trainer(folder: Path, model: nn.Module, device: str, *, engine: Any, bf
 
 
 def trained(folder: Path, device: str, dtype: torch.dtype, engine: str = "one_pass") -> torch.Tensor:
-    model = tiny_models.make_model("llama").to(dtype)
+    model: Any = tiny_models.make_model("llama").to(dtype)
     torch.manual_seed(0)
     trainer = make_trainer(folder, model, device, engine=engine, bf16=dtype == torch.bfloat16)
     trainer.train()
@@ -104,7 +104,7 @@ class _Mixing(nn.Module):
 
 @DEVICES
 def test_a_layer_that_mixes_records_is_refused_over_a_bfloat16_base_too(tmp_path: Path, device: str):
-    model = tiny_models.make_model("llama").to(torch.bfloat16)
+    model: Any = tiny_models.make_model("llama").to(torch.bfloat16)
     layer = model.model.layers[1]
     layer.mlp.down_proj = nn.Sequential(_Mixing(layer.mlp.down_proj))
     trainer = make_trainer(tmp_path, model, device, engine="one_pass", bf16=True)
@@ -138,7 +138,7 @@ def test_statistics_equal_those_of_float64(device: str, dtype: torch.dtype):
 @TYPES
 def test_the_one_pass_is_the_same_everywhere(device: str, dtype: torch.dtype):
     records, tokenizer = encoded(), tiny_models.make_tokenizer()
-    model = tiny_models.make_model("llama")
+    model: Any = tiny_models.make_model("llama")
     wanted = score_records(model, records, SPEC, tokenizer)
     found = score_records(model.to(device, dtype), records, SPEC, tokenizer)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
@@ -154,7 +154,7 @@ def test_the_one_pass_is_the_same_everywhere(device: str, dtype: torch.dtype):
 @DEVICES
 def test_greedy_text_and_draws_do_not_hang_on_the_global_seed(device: str):
     tokenizer = tiny_models.make_tokenizer()
-    model = tiny_models.make_model("llama").to(device)
+    model: Any = tiny_models.make_model("llama").to(device)
     prompts = [[5, 9, 12], [7, 30, 31, 32, 33]]
     greedy = [g.tolist() for g in generate(model, tokenizer, prompts, new_tokens=6)]
     alone = [generate(model, tokenizer, [p], new_tokens=6)[0].tolist() for p in prompts]

@@ -154,7 +154,7 @@ CLIPPED_SUM = (
         "records added to the wrong patient",
         "dpmed/privacy/one_pass.py",
         ".index_add_(0, self._positions, new.float())",
-        ".index_add_(0, self._positions.flip(0), new)",
+        ".index_add_(0, self._positions.flip(0), new.float())",
         "a patient's gradient is spread over other patients' rows",
         (f"{ROWS}[[4, 2, 4, 9, 2]-OnePassEngine]",),
     ),
