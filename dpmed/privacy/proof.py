@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 0.1
-"""Relative, for a model with any weights of fewer bits, a frozen base too, whose rounding alone makes about 1 %."""
+"""Relative, for trainable weights of fewer bits, whose rounding alone makes about 1 %."""
 SAME = {torch.float32: 1e-5, torch.float64: 1e-5}
 """Relative, of a loss computed twice in batches of one shape; 1e-2 for weights of fewer bits."""
 
@@ -44,7 +44,8 @@ def prove(
     Args:
         attach: makes the engine on `model`.
         model: on its final device. Its trainable weights are moved a little for the trial (fresh LoRA factors of zero
-            would prove nothing of their partners) and are put back bit for bit.
+            would prove nothing of their partners) and are put back bit for bit. A frozen base of fewer bits is made
+            float32 for the trial, since its rounding would hide a small influence of one record on another.
         losses: per-record losses [b] of the public records with these indices, padded and computed as in training.
         truth: the same, computed in the plainest way there is.
         units: the unit of each public record; at least one unit with several records, and records of several lengths.
@@ -54,18 +55,17 @@ def prove(
         if in training mode a record's loss depends on other records, or a buffer takes up what it sees.
     """
     flat = FlatParameters(model)
-    with _trial(model, flat):
+    with _trial(model, flat), _wide_base(model):
         _check_training_mode(model, flat, losses, len(units))
         _without_dropout(model, flat)
         alone = _one_by_one(flat, truth, units)
-        tolerance = max(TOLERANCE.get(p.dtype, COARSE) for p in model.parameters())
         engine = attach()
         try:
             engine.begin(units, flat.parameters[0].device)
             engine.backward(losses(range(len(units))))
             for row, (unit, gradients) in zip(engine.unit_gradients(), alone.items(), strict=True):
                 engine.write_gradients(row)
-                _compare(flat, gradients, unit, tolerance)
+                _compare(flat, gradients, unit)
         except BaseException:
             engine.detach()
             raise
@@ -87,7 +87,7 @@ def _one_by_one(
     return found
 
 
-def _compare(flat: FlatParameters, alone: Sequence[Tensor], unit: int, tolerance: float) -> None:
+def _compare(flat: FlatParameters, alone: Sequence[Tensor], unit: int) -> None:
     """Compare `.grad` with the truth, relative to the unit's whole gradient."""
     size = torch.stack([g.float().norm() for g in alone]).norm()
     if not bool(torch.isfinite(size)) or float(size) == 0:
@@ -98,7 +98,7 @@ def _compare(flat: FlatParameters, alone: Sequence[Tensor], unit: int, tolerance
     for name, parameter, truth in zip(flat.names, flat.parameters, alone, strict=True):
         got = torch.zeros_like(truth) if parameter.grad is None else parameter.grad
         difference = float((got.float() - truth.float()).norm() / size)
-        if not difference <= tolerance:
+        if not difference <= TOLERANCE.get(parameter.dtype, COARSE):
             raise PrivacyError(
                 f"{name}: on public trial records its gradient for one unit differs by {difference:.1%} from that unit"
                 " alone: records influence each other in this model, or the weight is used outside its layer; freeze it"
@@ -138,6 +138,20 @@ def _without_dropout(model: nn.Module, flat: FlatParameters) -> None:
     model.eval()
     for layer in flat.layers:
         layer.train()  # Opacus' hooks work in training mode only; none of these layers has dropout
+
+
+@contextmanager
+def _wide_base(model: nn.Module) -> Iterator[None]:
+    """Frozen bfloat16 and float16 weights as float32, and back, which loses nothing; a sharded base stays as it is."""
+    before = {p: p.dtype for p in model.parameters() if not p.requires_grad and p.dtype in (torch.bfloat16, torch.half)}
+    before = {p: dtype for p, dtype in before.items() if type(p.data) is Tensor}
+    try:
+        for parameter in before:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in before.items():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
