@@ -22,6 +22,7 @@ from dpmed.progress import progress
 from dpmed.runs import read_json
 from dpmed.splits import Splits, task_spec
 from dpmed.trainers.dp_lora import CERTIFICATE
+from dpmed.trainers.sani import with_terms
 from dpmed.utility import utility
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def _measure(
         reason = "no held-out records were given (data.heldout)"
         return {"utility": None, "memorization": None, "not_applicable": {"utility": reason, "memorization": reason}}
     train_records, heldout, settings = splits.train, splits.heldout, recipe.evaluation
+    if recipe.sani.terms is not None:  # then they are what a model should not say, and what leakage is measured of
+        train_records, heldout = (with_terms(side, recipe.sani.terms) for side in (train_records, heldout))
     manifest = None if recipe.data.canaries is None else Manifest.load(Path(recipe.data.canaries).expanduser())
     with progress("evaluate memorisation", 1) as bar:
         evaluator = MemorizationEvaluator(
