@@ -1,0 +1,1 @@
+"""PHEE: pharmacovigilance event sentences."""
