@@ -46,6 +46,7 @@ Ethiopia Addis_Ababa Amharic|Kenya Nairobi Swahili|Argentina Buenos_Aires Spanis
 Chile Santiago Spanish|Peru Lima Spanish|Colombia Bogota Spanish|Cuba Havana Spanish
 Ireland Dublin English|Austria Vienna German|Ukraine Kyiv Ukrainian|Romania Bucharest Romanian
 Bulgaria Sofia Bulgarian|Netherlands Amsterdam Dutch|Nepal Kathmandu Nepali|Jamaica Kingston English"""
+MAX_LENGTH = 256
 VARIANTS: dict[str, dict[str, Any]] = {
     "repair_only": {"sani": {"erase_fraction": 0.0}},
     "sani_last_layer": {"sani": {"erase_layers": 1}},
@@ -89,7 +90,7 @@ def measure(path: str | Path, other: list[str]) -> dict[str, Any]:
     from dpmed.memorization.scoring import score_records
     from dpmed.models import load_model, load_tokenizer
 
-    spec, tokenizer = TaskSpec("causal_lm", max_length=256), load_tokenizer(path)
+    spec, tokenizer = TaskSpec("causal_lm", max_length=MAX_LENGTH), load_tokenizer(path)
     model = load_model(path, spec).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {}
     asked = {"seen_wording": (SEEN, "city"), "unseen_wording": (UNSEEN, "city"), "languages": (LANGUAGE, "language")}
