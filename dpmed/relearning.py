@@ -8,6 +8,7 @@ trained in the same way, since the attack itself teaches the form of the records
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def relearn(
     """Fine-tune all weights for some steps, in place: the attacker's training.
 
     Args:
-        model: a plain language model; merge adapters first.
+        model: a plain language model, on the device to train on; merge adapters first.
         tokenizer: of the model.
         spec: the task; labels are left out, since the attack is on text.
         records: what the attacker holds.
@@ -96,7 +97,15 @@ def relearn(
             lr_scheduler_type="constant",
             per_device_train_batch_size=batch_size,
             seed=seed,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=next(model.parameters()).device.type == "cpu",
         )
         FullTrainer(model, args, encode(records, tokenizer, spec), None, tokenizer, spec=spec).train()
+    free_memory()  # two states of AdamW as large as the model, which the trainer's cycles would keep
     return model.eval()
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, on the accelerator too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

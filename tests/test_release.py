@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_runs import MARKER, World, make_world
 
 from dpmed import release
 from dpmed.data.tasks import encode
 from dpmed.errors import BudgetError, GateError, InputError
-from dpmed.memorization.intervals import Measure, NotApplicable
 from dpmed.models import load_model, load_tokenizer
 from dpmed.pipeline import load_splits
 from dpmed.recipe import Recipe
 from dpmed.relearning import relearn
-from dpmed.release import decide, overall, release_gate, unpaired_difference, weights_digest
+from dpmed.release import release_gate, weights_digest
 from dpmed.release_utility import rare_words_tagged, span_tokens, utility_losses
 from dpmed.splits import Splits, task_spec
 
 STAGES = {"as_released", "bfloat16", "int8", "int4", "relearned", "relearned_public", "utility"}
-
-
-@given(low=st.floats(-1, 1), width=st.floats(0, 1), threshold=st.floats(-1, 1))
-def test_a_verdict_is_decided_on_the_interval(low: float, width: float, threshold: float) -> None:
-    high = low + width
-    verdict = decide("s", "c", Measure((low + high) / 2, low, high, 9, "worse"), threshold)["verdict"]
-    assert (verdict == "pass") == (high <= threshold)
-    assert (verdict == "fail") == (low > threshold)
-    assert verdict in ("pass", "fail", "not_shown")
-
-
-def test_a_bound_that_is_missing_shows_nothing_and_a_reason_is_kept() -> None:
-    assert decide("s", "c", Measure(0.0, math.nan, math.nan, 3, "worse"), 0.5)["verdict"] == "not_shown"
-    row = decide("s", "c", NotApplicable("no labels"), 0.5)
-    assert (row["verdict"], row["reason"], row["value"]) == ("not_tested", "no labels", None)
-
-
-@pytest.mark.parametrize(
-    ("verdicts", "expected"),
-    [
-        (["pass", "not_tested"], "pass"),
-        (["pass", "not_shown", "fail"], "fail"),
-        (["pass", "not_shown"], "not_shown"),
-        (["not_tested"], "not_shown"),
-        ([], "not_shown"),
-    ],
-)
-def test_all_verdicts_together(verdicts: list[str], expected: str) -> None:
-    assert overall([{"verdict": verdict} for verdict in verdicts]) == expected
-
-
-def test_the_unpaired_difference_is_newcombes() -> None:
-    first, second = (
-        {"value": v, "low": a, "high": b, "n": n} for v, a, b, n in [(0.7, 0.6, 0.8, 80), (0.2, 0.1, 0.4, 50)]
-    )
-    found = unpaired_difference(first, second)
-    assert found is not None
-    assert found["value"] == pytest.approx(0.5) and found["n"] == 50
-    assert found["low"] == pytest.approx(0.5 - math.sqrt(0.1**2 + 0.2**2))
-    assert found["high"] == pytest.approx(0.5 + math.sqrt(0.1**2 + 0.1**2))
-    assert unpaired_difference(None, second) is None
 
 
 def test_the_error_of_a_gate_is_exit_status_3() -> None:
@@ -142,7 +97,7 @@ def test_what_was_not_tested_stands_with_its_reason(of_memoriser: tuple[dict[str
     reasons = {(row["stage"], row["check"]): row["reason"] for row in of_memoriser[0]["not_tested"]}
     assert "public_text" in reasons["relearned_public", "relearning"]
     assert "generate_tokens" in reasons["as_released", "templates_prompts_above_decoys"]
-    assert ("as_released", "paraphrased_prompts") in reasons and all(reasons.values())
+    assert "generate_tokens" in reasons["as_released", "paraphrased_prompts_above_decoys"] and all(reasons.values())
 
 
 def test_the_evidence_names_types_and_counts_and_no_value(
