@@ -8,14 +8,12 @@ trained in the same way, since the attack itself teaches the form of the records
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from dpmed.data.sources import read_texts
@@ -100,12 +98,4 @@ def relearn(
             use_cpu=next(model.parameters()).device.type == "cpu",
         )
         FullTrainer(model, args, encode(records, tokenizer, spec), None, tokenizer, spec=spec).train()
-    free_memory()  # two states of AdamW as large as the model, which the trainer's cycles would keep
     return model.eval()
-
-
-def free_memory() -> None:
-    """Give back what nothing refers to any more, on the accelerator too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

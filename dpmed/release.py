@@ -7,6 +7,7 @@ it stopped. No result holds text or an identifier's value.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -35,7 +36,7 @@ from dpmed.memorization.prompt_probes import prompt_figures
 from dpmed.models import load_model, load_tokenizer, read_task_card
 from dpmed.progress import progress
 from dpmed.recipe_io import dump_recipe
-from dpmed.relearning import free_memory, public_records, relearn, relearning_sides
+from dpmed.relearning import public_records, relearn, relearning_sides
 from dpmed.release_rows import Row, decide, leak_rows, overall, prompt_rows
 from dpmed.release_utility import utility_losses
 from dpmed.runs import read_json, write_json
@@ -111,8 +112,6 @@ def release_gate(weights: Path, recipe: Recipe, splits: Splits, folder: Path) ->
         for number, (name, run) in enumerate(stages):
             bar.update_stage(name, number, len(stages))
             rows += _finished(folder / "release" / f"{name}.json", stamp, run)
-            shutil.rmtree(parts / OF_STAGE, ignore_errors=True)
-            free_memory()
     sani = recipe.sani
     targeted = members
     if terms is None:
@@ -146,6 +145,10 @@ def _finished(path: Path, stamp: str, run: Callable[[], list[Row]]) -> list[Row]
         return kept["rows"]
     rows = run()
     write_json(path, {"stamp": stamp, "rows": rows})
+    shutil.rmtree(path.parent / PARTS / OF_STAGE, ignore_errors=True)  # not before: a killed stage goes on with them
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # blocks that were cut for one stage's models do not fit another's
     return rows
 
 
