@@ -28,7 +28,8 @@ from dpmed.release import PARTS, release_gate, weights_digest
 from dpmed.release_utility import rare_words_tagged, span_tokens, utility_losses
 from dpmed.splits import Splits, task_spec
 
-STAGES = ("as_released", "bfloat16", "int8", "int4", "relearned", "relearned_public", "utility")
+ORDER = ("as_released", "bfloat16", "int8", "int4", "relearned", "relearned_public", "utility")
+STAGES = set(ORDER)
 
 
 def test_the_error_of_a_gate_is_exit_status_3() -> None:
@@ -121,7 +122,7 @@ def test_a_memoriser_fails_as_it_is_and_rounded(of_memoriser: tuple[dict[str, An
     assert evidence["verdict"] == "fail"
     found = verdicts(evidence, "identifier_extraction_above_floor")
     assert found["as_released"] == found["int8"] == found["bfloat16"] == "fail"
-    assert {path.stem for path in (folder / "release").iterdir()} == set(STAGES)
+    assert {path.stem for path in (folder / "release").iterdir()} == STAGES
     assert json.loads((folder / "evidence.json").read_text()) == evidence
 
 
@@ -174,7 +175,7 @@ def test_a_stage_that_was_interrupted_when_it_was_done_computes_nothing_again(
 ) -> None:
     evidence, _, whole = uninterrupted
     write, passes = release.write_json, count_passes(monkeypatch)
-    for stage in (*STAGES, "evidence"):
+    for stage in (*ORDER, "evidence"):
 
         def stopped(path: Path, values: Any, stage: str = stage) -> None:
             if path.stem == stage:
@@ -292,7 +293,7 @@ def test_a_restart_runs_only_what_is_missing(
 
     monkeypatch.setattr(release, "_finished", asked)
     release_gate(memoriser, again, load_splits(again.data, require_unit=False), folder)
-    assert set(stages) == set(STAGES)  # a threshold that changed is another gate: nothing of the old one is taken over
+    assert set(stages) == STAGES  # a threshold that changed is another gate: nothing of the old one is taken over
 
 
 def test_utility_of_the_same_model_is_not_lost_and_of_another_is(world: World, memoriser: Path) -> None:

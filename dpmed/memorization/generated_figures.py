@@ -32,7 +32,6 @@ from dpmed.memorization.generation_plan import (
 )
 from dpmed.memorization.intervals import NotApplicable
 from dpmed.memorization.leak_probes import (
-    IdentifierValues,
     decoded,
     decoy_values,
     identifier_values,
@@ -108,7 +107,7 @@ def generation_figures(
         weights = weights_fingerprint(model)
     written: dict[str, _Written] = {}
     for job in granted:
-        written[job.name] = _Written(job, run_job(job, model, tokenizer, settings, folder, weights, progress))
+        written[job.name] = _Written(job, _run(job, model, tokenizer, settings, folder, weights, progress))
     figures = {
         key: _figures(side, written, tokenizer, settings)
         for key, side in zip(("memorization", "heldout"), sides, strict=True)
@@ -126,7 +125,7 @@ def generation_figures(
     return figures, counts
 
 
-def run_job(
+def _run(
     job: Job,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -205,36 +204,20 @@ def _leakage(
             none = NotApplicable(job.reason or "no known identifier on this side; name data.identifiers")
             result[probe] = {"per_1000_samples": none} | ({} if probe == "records" else {"rate": none})
             continue
-        result[probe] = probe_figures(values, job, outputs, tokenizer, settings, rates=probe != "records")
+        texts = decoded(tokenizer, outputs)
+        hits = leaks(values, decoded(tokenizer, job.prompts), texts)
+        options: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": settings.seed}
+        result[probe] = {"per_1000_samples": leaks_per_1000(hits, job.units, **options)}
+        if probe == "records":
+            continue
+        leaked, tested = np.zeros(len(values), bool), np.ones(len(values), bool)
+        if probe == "context":  # a value counts where its own context was tried; no prompt holds its own value
+            leaked[[v for v, text in zip(job.targets.tolist(), texts, strict=True) if values.holds(text, v)]] = True
+            tested = np.isin(np.arange(len(values)), job.targets)
+        else:
+            leaked[[v for hit in hits for v in hit]] = True
+        result[probe] |= leak_figures(values, leaked, tested, **options)
     return result
-
-
-def probe_figures(
-    values: IdentifierValues,
-    job: Job,
-    outputs: list[np.ndarray],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: GenerationSettings,
-    *,
-    rates: bool,
-) -> dict[str, Any]:
-    """Leaks per 1,000 samples of a job and, with `rates`, the share of the values that leaked.
-
-    Where the job has targets, each value counts in its own prompt only; else in any sample.
-    """
-    texts = decoded(tokenizer, outputs)
-    hits = leaks(values, decoded(tokenizer, job.prompts), texts)
-    options: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": settings.seed}
-    figures: dict[str, Any] = {"per_1000_samples": leaks_per_1000(hits, job.units, **options)}
-    if not rates:
-        return figures
-    leaked, tested = np.zeros(len(values), bool), np.ones(len(values), bool)
-    if len(job.targets):  # a value counts where its own prompt was tried; no prompt holds its own value
-        leaked[[v for v, text in zip(job.targets.tolist(), texts, strict=True) if values.holds(text, v)]] = True
-        tested = np.isin(np.arange(len(values)), job.targets)
-    else:
-        leaked[[v for hit in hits for v in hit]] = True
-    return figures | leak_figures(values, leaked, tested, **options)
 
 
 def _counts(side: Side, written: dict[str, _Written], settings: GenerationSettings) -> dict[str, Any]:

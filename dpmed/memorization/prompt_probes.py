@@ -6,15 +6,16 @@ Besides the true context and the templates, both are asked again in other words 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from dpmed.memorization.generated_figures import probe_figures, run_job
-from dpmed.memorization.generation import context_size, start_tokens
+from dpmed.memorization.generation import context_size, generate, start_tokens
 from dpmed.memorization.generation_plan import (
     GenerationSettings,
     Job,
@@ -27,8 +28,18 @@ from dpmed.memorization.generation_plan import (
     within_budget,
 )
 from dpmed.memorization.intervals import NotApplicable
-from dpmed.memorization.leak_probes import context_prompts, decoy_values, identifier_values, templates
+from dpmed.memorization.leak_probes import (
+    IdentifierValues,
+    context_prompts,
+    decoded,
+    decoy_values,
+    identifier_values,
+    leak_figures,
+    leaks,
+    templates,
+)
 from dpmed.memorization.paraphrase import paraphrased_contexts, paraphrased_templates
+from dpmed.memorization.statistics import weights_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,8 +84,10 @@ def prompt_figures(
     for name, asked in (("templates", templates(types)), ("paraphrased_templates", paraphrased_templates(types))):
         jobs.append(template_job(name, [start + text_ids(tokenizer, text) for text in asked], size, settings))
     granted = {job.name: job for job in within_budget(jobs, settings.budget_tokens)}
+    if folder is not None and weights is None:
+        weights = weights_fingerprint(model)
     written = {
-        name: run_job(job, model, tokenizer, settings, folder, weights, progress) for name, job in granted.items()
+        name: _written(job, model, tokenizer, settings, folder, weights, progress) for name, job in granted.items()
     }
     figures: dict[str, dict[str, Any]] = {}
     for key, side in zip(("memorization", "heldout"), sides, strict=True):
@@ -83,7 +96,7 @@ def prompt_figures(
             name = probe if "templates" in probe else f"{side.name} {probe}"
             job, outputs = granted[name], written[name]
             if outputs and len(side.values):
-                figures[key][probe] = probe_figures(side.values, job, outputs, tokenizer, settings, rates=True)
+                figures[key][probe] = _rates(side.values, job, outputs, tokenizer, settings)
             else:
                 figures[key][probe] = {"rate": NotApplicable(job.reason or NO_VALUE)}
         counts[side.name]["n_generated"] = len(written[f"{side.name} paraphrased"])
@@ -103,3 +116,50 @@ def _context_jobs(
         targeted_job(f"{side.name} paraphrased", side, said.prompts, said.value, settings, reason),
     ]
     return jobs, dict(said.counts)
+
+
+def _written(
+    job: Job,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: GenerationSettings,
+    folder: Path | None,
+    weights: str | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> list[np.ndarray]:
+    """What the model writes after each prompt; all prompts of a job here get equally many tokens."""
+    if not job.prompts:
+        return []
+    (length,) = set(job.new_tokens)
+    return generate(
+        model,
+        tokenizer,
+        job.prompts,
+        new_tokens=length,
+        temperature=job.temperature,
+        top_k=job.top_k,
+        batch_tokens=settings.batch_tokens,
+        seed=settings.seed + zlib.crc32(job.name.encode()),
+        part_dir=folder,
+        weights=weights,
+        progress=None if progress is None else lambda done, total: progress(job.name, done, total),
+    )
+
+
+def _rates(
+    values: IdentifierValues,
+    job: Job,
+    outputs: list[np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: GenerationSettings,
+) -> dict[str, Any]:
+    """Share of the values that leaked: in the prompts that ask for each where there are such, else in any sample."""
+    texts = decoded(tokenizer, outputs)
+    leaked, tested = np.zeros(len(values), bool), np.ones(len(values), bool)
+    if len(job.targets):  # no prompt holds its own value
+        leaked[[v for v, text in zip(job.targets.tolist(), texts, strict=True) if values.holds(text, v)]] = True
+        tested = np.isin(np.arange(len(values)), job.targets)
+    else:
+        prompts = [prompt + " " for prompt in decoded(tokenizer, job.prompts)]  # templates end with a whole word
+        leaked[[v for hit in leaks(values, prompts, texts) for v in hit]] = True
+    return leak_figures(values, leaked, tested, bootstrap=settings.bootstrap, seed=settings.seed)
