@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from dpmed.data.sources import read_texts
@@ -71,7 +70,7 @@ def relearn(
     """Fine-tune all weights for some steps, in place: the attacker's training.
 
     Args:
-        model: a plain language model; merge adapters first.
+        model: a plain language model, on the device to train on; merge adapters first.
         tokenizer: of the model.
         spec: the task; labels are left out, since the attack is on text.
         records: what the attacker holds.
@@ -96,7 +95,7 @@ def relearn(
             lr_scheduler_type="constant",
             per_device_train_batch_size=batch_size,
             seed=seed,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=next(model.parameters()).device.type == "cpu",
         )
         FullTrainer(model, args, encode(records, tokenizer, spec), None, tokenizer, spec=spec).train()
     return model.eval()

@@ -1,9 +1,8 @@
 """The release gate: what a sanitised checkpoint is tested for before it may be called releasable.
 
-Every test has a threshold that stood in the recipe before the run. A verdict is decided on the 95 % interval: `pass` if
-its upper limit is within the threshold, `fail` if its lower limit exceeds it, else `not_shown`, which is not a pass.
-What could not be tested is `not_tested`, with the reason. Each stage is written as it ends, so that a gate that was
-killed goes on where it stopped. No result holds text or an identifier's value.
+Every test has a threshold that stood in the recipe before the run; see `release_rows` for the verdicts. Each stage is
+written as it ends, and its passes and generated text are kept until then, so that a gate that was killed goes on where
+it stopped. No result holds text or an identifier's value.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +26,18 @@ from dpmed.data.records import data_fingerprint
 from dpmed.data.tasks import TaskSpec
 from dpmed.environment import versions
 from dpmed.errors import InputError
+from dpmed.memorization.battery import MASKED_CONTINUES, SEED
 from dpmed.memorization.canary_figures import members_without_canaries
 from dpmed.memorization.evaluator import MemorizationEvaluator
-from dpmed.memorization.intervals import Measure, NotApplicable
+from dpmed.memorization.further import NOT_ASKED
+from dpmed.memorization.generation_plan import GenerationSettings
+from dpmed.memorization.intervals import NotApplicable
+from dpmed.memorization.prompt_probes import prompt_figures
 from dpmed.models import load_model, load_tokenizer, read_task_card
 from dpmed.progress import progress
 from dpmed.recipe_io import dump_recipe
 from dpmed.relearning import public_records, relearn, relearning_sides
+from dpmed.release_rows import Row, decide, leak_rows, overall, prompt_rows
 from dpmed.release_utility import utility_losses
 from dpmed.runs import read_json, write_json
 from dpmed.splits import Splits, task_spec
@@ -45,43 +49,12 @@ if TYPE_CHECKING:
 
     from dpmed.recipe import Recipe
 
-Row = dict[str, Any]
-"""{"stage", "check", "verdict", "threshold", "value", "low", "high", "n", "reason"}; numbers null if not measured."""
 EVIDENCE = "evidence.json"
-NO_FLOOR = "no floor was given: name the model before fine-tuning (model.base) or a clean retrain"
-NOT_PARAPHRASED = "paraphrased prompts are not made: that needs a second model; prompts by template stand for them"
+PARTS = ".partial"
+"""Under `release/`: statistics and written text of a gate that is under way; deleted when the evidence is written."""
+OF_FLOOR, OF_STAGE = "floor", "stage"
+"""Folders in it: one pass of the floor serves all stages; the rest is deleted when its stage is written."""
 NO_PUBLIC = "no public text was named (release.public_text)"
-ROW_KEYS = ("extraction_rate", "identifier_extraction")
-
-
-def decide(stage: str, check: str, figure: Measure | Mapping[str, Any] | NotApplicable, threshold: float) -> Row:
-    """The verdict on one figure of which more is worse.
-
-    Args:
-        stage: what was done to the model first.
-        check: what was measured.
-        figure: a `Measure`, or its JSON; a bound that is not finite, or null, shows nothing.
-        threshold: the most that is allowed.
-    """
-    row: Row = {"stage": stage, "check": check, "threshold": threshold, "reason": None}
-    if isinstance(figure, NotApplicable):
-        return {**row, **dict.fromkeys(("value", "low", "high", "n")), "verdict": "not_tested", "reason": figure.reason}
-    found = figure.to_json() if isinstance(figure, Measure) else figure
-    low, high = found["low"], found["high"]
-    verdict = "not_shown"
-    if high is not None and high <= threshold:
-        verdict = "pass"
-    elif low is not None and low > threshold:
-        verdict = "fail"
-    return {**row, **{key: found[key] for key in ("value", "low", "high", "n")}, "verdict": verdict}
-
-
-def overall(rows: list[Row]) -> str:
-    """fail if a test failed; pass if some were made and all passed; else not_shown."""
-    verdicts = {row["verdict"] for row in rows}
-    if "fail" in verdicts:
-        return "fail"
-    return "pass" if verdicts - {"not_tested"} == {"pass"} else "not_shown"
 
 
 def weights_digest(folder: str | Path) -> str:
@@ -110,7 +83,7 @@ def release_gate(weights: Path, recipe: Recipe, splits: Splits, folder: Path) ->
             `release` the thresholds.
         splits: the targeted records and held-out ones.
         folder: where stages (`release/*.json`) and `evidence.json` are written. Finished stages of the same weights,
-            recipe and records are not run again.
+            recipe, records, floor and public text are not run again.
 
     Returns: what stands in evidence.json.
     Raises: InputError without held-out records, or for a classifier.
@@ -127,11 +100,13 @@ def release_gate(weights: Path, recipe: Recipe, splits: Splits, folder: Path) ->
     terms = recipe.sani.terms
     if terms is not None:  # then they are what was to be forgotten, and what leakage is measured of
         members, heldout = with_terms(members, terms), with_terms(heldout, terms)
-    gate = _Gate(weights, recipe, spec, members, heldout, load_tokenizer(weights))
+    parts = folder / "release" / PARTS
+    gate = _Gate(weights, recipe, spec, members, heldout, load_tokenizer(weights), parts)
     digest, rows = weights_digest(weights), list[Row]()
     stages = list(gate.stages())
     made_of = [digest, dump_recipe(recipe), data_fingerprint(members), data_fingerprint(heldout)]
     made_of += [] if terms is None else read_terms(terms)
+    made_of += [_content(path) for path in (gate.floor, recipe.model.path, recipe.release.public_text)]
     stamp = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     with progress("release gate", len(stages)) as bar:
         for number, (name, run) in enumerate(stages):
@@ -160,6 +135,7 @@ def release_gate(weights: Path, recipe: Recipe, splits: Splits, folder: Path) ->
         "versions": versions(),
     }
     write_json(folder / EVIDENCE, evidence)
+    shutil.rmtree(parts, ignore_errors=True)
     return evidence
 
 
@@ -169,8 +145,19 @@ def _finished(path: Path, stamp: str, run: Callable[[], list[Row]]) -> list[Row]
         return kept["rows"]
     rows = run()
     write_json(path, {"stamp": stamp, "rows": rows})
+    shutil.rmtree(path.parent / PARTS / OF_STAGE, ignore_errors=True)  # not before: a killed stage goes on with them
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # blocks that were cut for one stage's models do not fit another's
     return rows
+
+
+def _content(path: str | None) -> str | None:
+    """Hash of what a folder of weights or a file holds; of a Hub id its name."""
+    if path is None or not Path(path).expanduser().exists():
+        return path
+    where = Path(path).expanduser()
+    return weights_digest(where) if where.is_dir() else hashlib.sha256(where.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -183,6 +170,7 @@ class _Gate:
     members: Dataset
     heldout: Dataset
     tokenizer: PreTrainedTokenizerBase
+    parts: Path
 
     @property
     def floor(self) -> str | None:
@@ -200,24 +188,18 @@ class _Gate:
 
     def as_released(self) -> list[Row]:
         limits, stage = self.recipe.release, "as_released"
-        found = self._evaluated(self._load(self.weights, merge=False), self._floor(), self.members, generate=True)
-        rows = leak_rows(
-            stage,
-            found,
-            (limits.max_extraction_above_floor, limits.max_identifier_extraction_above_floor),
-            limits.max_membership_auc,
-        )
-        rows += prompt_rows(stage, found, limits.max_identifier_extraction_above_floor)
-        reason = NotApplicable(NOT_PARAPHRASED)
-        return [*rows, decide(stage, "paraphrased_prompts", reason, limits.max_identifier_extraction_above_floor)]
+        model = self._load(self.weights, merge=False)
+        found = self._evaluated(model, self._floor(), self.members)
+        rates = limits.max_extraction_above_floor, limits.max_identifier_extraction_above_floor
+        rows = leak_rows(stage, found, rates, limits.max_membership_auc)
+        return [*rows, *self._prompted(stage, model)]
 
     def rounded(self, stage: str, rounding: Callable[[nn.Module], int]) -> list[Row]:
         limits, model = self.recipe.release, self._load(self.weights)
         rounding(model)
         found = self._evaluated(model, self._floor(), self.members)
-        return leak_rows(
-            stage, found, (limits.max_after_quantisation, limits.max_after_quantisation), limits.max_membership_auc
-        )
+        rates = limits.max_after_quantisation, limits.max_after_quantisation
+        return leak_rows(stage, found, rates, limits.max_membership_auc)
 
     def relearned(self) -> list[Row]:
         seed = self.recipe.training.seed
@@ -265,22 +247,43 @@ class _Gate:
             )
 
         floor = self._floor()
-        model = trained(self._load(self.weights))
-        found = self._evaluated(model, None if floor is None else trained(floor), others)
-        return leak_rows(
-            stage, found, (limits.max_after_relearning, limits.max_after_relearning), limits.max_membership_auc
-        )
+        if floor is not None:
+            floor = trained(floor)
+        found = self._evaluated(trained(self._load(self.weights)), floor, others, own_floor=True)
+        rates = limits.max_after_relearning, limits.max_after_relearning
+        return leak_rows(stage, found, rates, limits.max_membership_auc)
 
     def _evaluated(
-        self, model: nn.Module, floor: nn.Module | None, members: Dataset, *, generate: bool = False
+        self, model: nn.Module, floor: nn.Module | None, members: Dataset, *, own_floor: bool = False
     ) -> dict[str, Any]:
-        settings = self.recipe.evaluation
-        if not generate:
-            settings = replace(settings, generate_tokens=0, choices=None)
+        """Rates and attacks of one pass; a floor that was not trained is passed once for all stages."""
         evaluator = MemorizationEvaluator(
-            model, self.tokenizer, base_model=floor, spec=self.spec, settings=replace(settings, k=None)
+            model,
+            self.tokenizer,
+            base_model=floor,
+            spec=self.spec,
+            settings=replace(self.recipe.evaluation, k=None, generate_tokens=0, choices=None),
+            base_scores=self.parts / (OF_STAGE if own_floor else OF_FLOOR),
+            scores_dir=self.parts / OF_STAGE,
         )
         return evaluator.evaluate(members, self.heldout)
+
+    def _prompted(self, stage: str, model: nn.Module) -> list[Row]:
+        """What the model writes after prompts for identifiers: all tokens of `evaluation.generate_tokens` go there."""
+        limit, settings = self.recipe.release.max_identifier_extraction_above_floor, self.recipe.evaluation
+        if self.spec.kind != "causal_lm" or settings.generate_tokens == 0:
+            reason = NOT_ASKED if self.spec.kind == "causal_lm" else MASKED_CONTINUES
+            return prompt_rows(stage, NotApplicable(reason), {}, limit)
+        asked = GenerationSettings(
+            max_records=settings.max_records,
+            budget_tokens=settings.generate_tokens,
+            bootstrap=settings.bootstrap,
+            seed=SEED,
+        )
+        figures, counts = prompt_figures(
+            model, self.tokenizer, self.members, self.heldout, asked, folder=self.parts / OF_STAGE
+        )
+        return prompt_rows(stage, figures, counts, limit)
 
     def _floor(self) -> nn.Module | None:
         if self.floor is None:
@@ -290,59 +293,3 @@ class _Gate:
     def _load(self, path: str | Path, *, merge: bool = True, revision: str | None = None) -> nn.Module:
         model = load_model(path, self.spec, revision=revision, merge=merge).eval()
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def leak_rows(stage: str, found: Mapping[str, Any], limits: tuple[float, float], max_auc: float) -> list[Row]:
-    """The verdicts on one evaluation: both rates above the floor and above held-out records, and membership.
-
-    Args:
-        stage: what was done to the model first.
-        found: result of `MemorizationEvaluator.evaluate` with the floor as base model.
-        limits: thresholds of (p, n) extraction and of identifier extraction.
-        max_auc: threshold of the strongest membership attack. It is chosen by its value, which errs upwards.
-    """
-    memorization, heldout = found["memorization"], found["reference"]["heldout"]
-    reasons, above, rows = found["not_applicable"], memorization["minus_base"], list[Row]()
-    for name, limit in zip(ROW_KEYS, limits, strict=True):
-        figure = None if above is None else above[name] if name == "extraction_rate" else above[name]["all"]
-        key = "memorization.minus_base" + ("" if above is None else f".{name}")
-        why = NO_FLOOR if above is None else reasons.get(key) or reasons.get(f"{key}.all", "")
-        rows.append(decide(stage, f"{name}_above_floor", figure or NotApplicable(why), limit))
-        rate = name if name == "extraction_rate" else "identifier_extraction_rate"
-        why = reasons.get(f"memorization.{rate}") or reasons.get(f"reference.heldout.{rate}", "")
-        difference = unpaired_difference(memorization[rate], heldout[rate])
-        rows.append(decide(stage, f"{name}_above_heldout", difference or NotApplicable(why), limit))
-    attacks = [attack["auc"] for attack in memorization["membership"].values() if attack and attack.get("auc")]
-    best = max(attacks, key=lambda auc: auc["value"], default=None)
-    return [*rows, decide(stage, "membership_auc", best or NotApplicable("no attack could be made"), max_auc)]
-
-
-def prompt_rows(stage: str, found: Mapping[str, Any], limit: float) -> list[Row]:
-    """Identifiers that text written from templates and from their own context holds, above decoys."""
-    leaks, decoys = (side.get("identifier_leakage") for side in (found["memorization"], found["reference"]["heldout"]))
-    rows, reasons = list[Row](), found["not_applicable"]
-    for probe in ("templates", "context"):
-        own, other = ((side or {}).get(probe, {}).get("rate") for side in (leaks, decoys))
-        keys = ("memorization.identifier_leakage", f"memorization.identifier_leakage.{probe}.rate")
-        keys += (f"reference.heldout.identifier_leakage.{probe}.rate",)
-        why = next((reasons[key] for key in keys if key in reasons), "no decoy")
-        figure = unpaired_difference(own, other) or NotApplicable(why)
-        rows.append(decide(stage, f"{probe}_prompts_above_decoys", figure, limit))
-    return rows
-
-
-def unpaired_difference(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """One rate minus another of other patients, from their JSON; None if one was not measured.
-
-    Reference: Newcombe 1998, method 10, from the intervals that the rates have.
-    """
-    if first is None or second is None:
-        return None
-    value = first["value"] - second["value"]
-    bounds = [figure[side] for figure in (first, second) for side in ("low", "high")]
-    n = min(first["n"], second["n"])
-    if None in bounds:
-        return {"value": value, "low": None, "high": None, "n": n}
-    low = value - math.hypot(first["value"] - first["low"], second["high"] - second["value"])
-    high = value + math.hypot(first["high"] - first["value"], second["value"] - second["low"])
-    return {"value": value, "low": low, "high": high, "n": n}

@@ -98,3 +98,21 @@ def test_public_text_is_read_by_paragraph(tmp_path: Path) -> None:
         public_records(file)
     with pytest.raises(InputError, match="FileNotFoundError"):
         public_records(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(("kind", "task"), [("llama", "causal_lm"), ("bert", "masked_lm")])
+def test_training_again_gives_the_same_weights_and_leaves_no_gradients(kind: tiny_models.Kind, task: str) -> None:
+    """A gate that was killed trains again; and what is measured next must not hold a second copy of the model."""
+    spec, found = TaskSpec(task), list[torch.Tensor]()  # pyright: ignore[reportArgumentType]
+    start = tiny_models.make_model(kind).state_dict()
+    for _ in range(2):
+        model = tiny_models.make_model(kind)
+        model.load_state_dict(start)
+        torch.rand(3)  # whatever was drawn before
+        given_records = records([f"u{i}" for i in range(6)])
+        relearn(
+            model, tiny_models.make_tokenizer(), spec, given_records, steps=3, learning_rate=1e-2, batch_size=2, seed=5
+        )
+        assert all(p.grad is None for p in model.parameters())
+        found.append(torch.cat([p.detach().ravel() for p in model.parameters()]))
+    assert torch.equal(*found)

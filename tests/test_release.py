@@ -3,71 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
+import os
+import shutil
+import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_runs import MARKER, World, make_world
 
 from dpmed import release
 from dpmed.data.tasks import encode
 from dpmed.errors import BudgetError, GateError, InputError
-from dpmed.memorization.intervals import Measure, NotApplicable
+from dpmed.memorization import evaluator, scoring
+from dpmed.memorization.statistics import TokenScores, weights_fingerprint
 from dpmed.models import load_model, load_tokenizer
 from dpmed.pipeline import load_splits
 from dpmed.recipe import Recipe
 from dpmed.relearning import relearn
-from dpmed.release import decide, overall, release_gate, unpaired_difference, weights_digest
+from dpmed.release import PARTS, release_gate, weights_digest
 from dpmed.release_utility import rare_words_tagged, span_tokens, utility_losses
 from dpmed.splits import Splits, task_spec
 
-STAGES = {"as_released", "bfloat16", "int8", "int4", "relearned", "relearned_public", "utility"}
-
-
-@given(low=st.floats(-1, 1), width=st.floats(0, 1), threshold=st.floats(-1, 1))
-def test_a_verdict_is_decided_on_the_interval(low: float, width: float, threshold: float) -> None:
-    high = low + width
-    verdict = decide("s", "c", Measure((low + high) / 2, low, high, 9, "worse"), threshold)["verdict"]
-    assert (verdict == "pass") == (high <= threshold)
-    assert (verdict == "fail") == (low > threshold)
-    assert verdict in ("pass", "fail", "not_shown")
-
-
-def test_a_bound_that_is_missing_shows_nothing_and_a_reason_is_kept() -> None:
-    assert decide("s", "c", Measure(0.0, math.nan, math.nan, 3, "worse"), 0.5)["verdict"] == "not_shown"
-    row = decide("s", "c", NotApplicable("no labels"), 0.5)
-    assert (row["verdict"], row["reason"], row["value"]) == ("not_tested", "no labels", None)
-
-
-@pytest.mark.parametrize(
-    ("verdicts", "expected"),
-    [
-        (["pass", "not_tested"], "pass"),
-        (["pass", "not_shown", "fail"], "fail"),
-        (["pass", "not_shown"], "not_shown"),
-        (["not_tested"], "not_shown"),
-        ([], "not_shown"),
-    ],
-)
-def test_all_verdicts_together(verdicts: list[str], expected: str) -> None:
-    assert overall([{"verdict": verdict} for verdict in verdicts]) == expected
-
-
-def test_the_unpaired_difference_is_newcombes() -> None:
-    first, second = (
-        {"value": v, "low": a, "high": b, "n": n} for v, a, b, n in [(0.7, 0.6, 0.8, 80), (0.2, 0.1, 0.4, 50)]
-    )
-    found = unpaired_difference(first, second)
-    assert found is not None
-    assert found["value"] == pytest.approx(0.5) and found["n"] == 50
-    assert found["low"] == pytest.approx(0.5 - math.sqrt(0.1**2 + 0.2**2))
-    assert found["high"] == pytest.approx(0.5 + math.sqrt(0.1**2 + 0.1**2))
-    assert unpaired_difference(None, second) is None
+ORDER = ("as_released", "bfloat16", "int8", "int4", "relearned", "relearned_public", "utility")
+STAGES = set(ORDER)
 
 
 def test_the_error_of_a_gate_is_exit_status_3() -> None:
@@ -109,7 +71,7 @@ def memoriser(world: World) -> Path:
 
 def recipe_of(world: World, before: Path) -> Recipe:
     model = {"path": str(before), "base": str(world.base)}
-    return world.recipe("sani", model=model, release={"relearn_steps": 2})
+    return world.recipe("sani", model=model, release={"relearn_steps": 2}, evaluation={"generate_tokens": 8_000})
 
 
 def gated(world: World, before: Path, weights: Path, folder: Path) -> tuple[dict[str, Any], Recipe, Splits]:
@@ -118,10 +80,36 @@ def gated(world: World, before: Path, weights: Path, folder: Path) -> tuple[dict
     return release_gate(weights, recipe, splits, folder), recipe, splits
 
 
+Passes = list[tuple[str, str]]
+"""Of each pass of a language model over a side: the fingerprint of its weights, and what was passed."""
+
+
+def count_passes(patch: pytest.MonkeyPatch) -> Passes:
+    """Notes each pass of the stages on leakage from now on, kept passes that are read again not."""
+    passes: Passes = []
+    score: Callable[..., Any] = scoring.score_records
+
+    def counted(model: Any, encoded: Any, *rest: Any, **options: Any) -> Any:
+        found = score(model, encoded, *rest, **options)
+        passes.append((weights_fingerprint(model), f"{encoded.n_records} {encoded.lengths}"))
+        return found
+
+    for module in (scoring, evaluator):  # where it is called, with and without a folder
+        patch.setattr(module, "score_records", counted)
+    return passes
+
+
 @pytest.fixture(scope="module")
-def of_memoriser(world: World, memoriser: Path) -> tuple[dict[str, Any], Path]:
+def uninterrupted(world: World, memoriser: Path) -> tuple[dict[str, Any], Path, Passes]:
     folder = world.folder / "gate"
-    return gated(world, memoriser, memoriser, folder)[0], folder
+    with pytest.MonkeyPatch.context() as patch:
+        passes = count_passes(patch)
+        return gated(world, memoriser, memoriser, folder)[0], folder, passes
+
+
+@pytest.fixture(scope="module")
+def of_memoriser(uninterrupted: tuple[dict[str, Any], Path, Passes]) -> tuple[dict[str, Any], Path]:
+    return uninterrupted[:2]
 
 
 def verdicts(evidence: dict[str, Any], check: str) -> dict[str, str]:
@@ -141,8 +129,7 @@ def test_a_memoriser_fails_as_it_is_and_rounded(of_memoriser: tuple[dict[str, An
 def test_what_was_not_tested_stands_with_its_reason(of_memoriser: tuple[dict[str, Any], Path]) -> None:
     reasons = {(row["stage"], row["check"]): row["reason"] for row in of_memoriser[0]["not_tested"]}
     assert "public_text" in reasons["relearned_public", "relearning"]
-    assert "generate_tokens" in reasons["as_released", "templates_prompts_above_decoys"]
-    assert ("as_released", "paraphrased_prompts") in reasons and all(reasons.values())
+    assert set(reasons) == {("relearned_public", "relearning")}
 
 
 def test_the_evidence_names_types_and_counts_and_no_value(
@@ -153,6 +140,125 @@ def test_the_evidence_names_types_and_counts_and_no_value(
     assert evidence["weights"]["sha256"] == weights_digest(memoriser)
     content = b"".join(path.read_bytes() for path in folder.rglob("*.json"))
     assert not [mark for mark in world.marks if mark in content]
+
+
+def test_the_floor_is_passed_once_and_once_more_after_relearning_only(
+    uninterrupted: tuple[dict[str, Any], Path, Passes], world: World, memoriser: Path
+) -> None:
+    _, folder, passes = uninterrupted
+    spec = task_spec(world.recipe("sani"), load_splits(world.recipe("sani").data, require_unit=False).train)
+    by_weights = Counter(weights for weights, _ in passes)
+    floor, released = (weights_fingerprint(load_model(path, spec)) for path in (world.base, memoriser))
+    assert by_weights[floor] == by_weights[released] == 2  # the two sides
+    # The model as released, in bfloat16, int8, int4 and relearned, the floor, and the floor relearned.
+    assert len(by_weights) == 7 and set(by_weights.values()) == {2}
+    assert not (folder / "release" / PARTS).exists()
+
+
+def test_a_memoriser_fails_for_what_it_writes_in_the_records_wording(
+    of_memoriser: tuple[dict[str, Any], Path],
+) -> None:
+    rows = {row["check"]: row for row in of_memoriser[0]["tested"] if row["stage"] == "as_released"}
+    assert rows["context_prompts_above_decoys"]["verdict"] == "fail"
+    paraphrased = rows["paraphrased_prompts_above_decoys"]
+    assert paraphrased["n"] > 0 and paraphrased["counts"]["train"]["n_generated"] > 0
+    assert rows["membership_auc"]["n_attacks"] == 6
+    assert "templates_prompts_above_decoys" in rows and "paraphrased_templates_prompts_above_decoys" in rows
+
+
+def test_a_stage_that_was_interrupted_when_it_was_done_computes_nothing_again(
+    uninterrupted: tuple[dict[str, Any], Path, Passes],
+    world: World,
+    memoriser: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evidence, _, whole = uninterrupted
+    write, passes = release.write_json, count_passes(monkeypatch)
+    for stage in (*ORDER, "evidence"):
+
+        def stopped(path: Path, values: Any, stage: str = stage) -> None:
+            if path.stem == stage:
+                raise KeyboardInterrupt
+            write(path, values)
+
+        monkeypatch.setattr(release, "write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            gated(world, memoriser, memoriser, tmp_path)
+        assert (tmp_path / "release" / PARTS).is_dir() and not (tmp_path / "evidence.json").exists()
+    monkeypatch.setattr(release, "write_json", write)
+    assert gated(world, memoriser, memoriser, tmp_path)[0] == evidence
+    assert passes == whole  # a relearned model is the same again, so its passes are too
+    assert not (tmp_path / "release" / PARTS).exists()
+
+
+def test_a_gate_that_was_killed_within_a_stage_gives_the_same_evidence(
+    uninterrupted: tuple[dict[str, Any], Path, Passes],
+    world: World,
+    memoriser: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evidence, _, whole = uninterrupted
+    child = os.fork()
+    if child == 0:
+        try:
+            patch, save = pytest.MonkeyPatch(), TokenScores.save
+            passes = count_passes(patch)
+
+            def killed(scores: TokenScores, path: Path, fingerprint: str) -> None:
+                if len(passes) == 8:  # after 4 as released and 2 in bfloat16 the second of int8, not yet kept
+                    os.kill(os.getpid(), signal.SIGKILL)
+                save(scores, path, fingerprint)
+
+            patch.setattr(TokenScores, "save", killed)
+            gated(world, memoriser, memoriser, tmp_path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    written = {path.stem for path in (tmp_path / "release").glob("*.json")}
+    assert written == {"as_released", "bfloat16"}
+    passes = count_passes(monkeypatch)
+    assert gated(world, memoriser, memoriser, tmp_path)[0] == evidence
+    assert passes == whole[7:]  # what was passed before is kept; the last one is called again, from its parts
+
+
+def test_a_masked_model_and_public_text_go_through_the_gate(tmp_path: Path) -> None:
+    made, text = make_world(tmp_path, "bert"), tmp_path / "public.txt"
+    text.write_text("Aspirin is a drug.\n\nFever is a sign.")
+    release_section = {"relearn_steps": 1, "quantise": [], "public_text": str(text)}
+    model = {"path": str(made.base), "base": str(made.base)}
+    recipe = made.recipe("sani", task="masked_lm", model=model, data={"label": None}, release=release_section)
+    recipe.evaluation.generate_tokens = 1000
+    splits = load_splits(recipe.data, require_unit=False)
+    evidence = release_gate(made.base, recipe, splits, tmp_path / "gate")
+    reasons = {row["check"]: row["reason"] for row in evidence["not_tested"] if row["stage"] == "as_released"}
+    assert "does not continue" in reasons["paraphrased_prompts_above_decoys"]
+    tested = {(row["stage"], row["check"]): row for row in evidence["tested"]}
+    assert tested["relearned_public", "identifier_extraction_above_floor"]["value"] == 0
+    assert tested["utility", "perplexity_loss"]["high"] == 0  # the very same weights lose nothing
+
+
+def test_another_floor_or_public_text_under_the_same_name_is_another_gate(
+    world: World, memoriser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, text, floor = recipe_of(world, memoriser), tmp_path / "public.txt", tmp_path / "floor"
+    shutil.copytree(world.base, floor)
+    recipe.release.clean_retrain, recipe.release.public_text = str(floor), str(text)
+    splits, stamps = load_splits(recipe.data, require_unit=False), list[str]()
+    monkeypatch.setattr(release, "_finished", lambda path, stamp, run: stamps.append(stamp) or [])
+
+    def stamp() -> str:
+        release_gate(memoriser, recipe, splits, tmp_path / "gate")
+        return stamps[-1]
+
+    text.write_text("Aspirin is a drug.")
+    first = stamp()
+    assert stamp() == first
+    text.write_text("Aspirin is a medicine.")
+    second = stamp()
+    shutil.copy(next(memoriser.glob("*.safetensors")), floor)
+    assert len({first, second, stamp()}) == 3
 
 
 def test_a_model_that_never_saw_the_records_does_not_fail_for_leaking(

@@ -193,19 +193,31 @@ def _half_job(side: Side, temperature: float, start: list[int], size: int | None
 
 def _context_job(side: Side, start: list[int], size: int | None, settings: GenerationSettings) -> Job:
     """The true text in front of every identifier value."""
-    room = settings.context_tokens
-    if size is not None:
-        room = min(room, size - len(start) - settings.identifier_tokens)
+    room = context_room(start, size, settings)
     found = context_prompts(side.texts, side.values, start, room) if room > 0 else None
     prompts = found.prompts if found is not None else []
     targets = found.value if found is not None else np.empty(0, np.int64)
+    reason = "no known identifier with text in front of it; name data.identifiers"
+    return targeted_job(f"{side.name} context", side, prompts, targets, settings, reason)
+
+
+def context_room(start: list[int], size: int | None, settings: GenerationSettings) -> int:
+    """Text tokens that fit in front of an identifier; 0 or less if none do."""
+    room = settings.context_tokens
+    return room if size is None else min(room, size - len(start) - settings.identifier_tokens)
+
+
+def targeted_job(
+    name: str, side: Side, prompts: list[list[int]], targets: np.ndarray, settings: GenerationSettings, reason: str
+) -> Job:
+    """Greedy continuations of prompts that each ask for one value of the side; `reason` says why there are none."""
     return Job(
-        f"{side.name} context",
+        name,
         prompts,
         [settings.identifier_tokens] * len(prompts),
         side.values.unit[targets],
         targets=targets,
-        reason="" if prompts else "no known identifier with text in front of it; name data.identifiers",
+        reason="" if prompts else reason,
     )
 
 
@@ -217,35 +229,44 @@ def sampling_jobs(
     settings: GenerationSettings,
 ) -> list[Job]:
     """Samples from templates and from nothing; training values and decoys are looked for in the same samples."""
-    asked = [start + _ids(tokenizer, text) for text in templates(training.type.tolist())]
-    # Turn by turn, so that a budget leaves every template its share.
-    forms = asked * settings.template_samples
+    asked = [start + text_ids(tokenizer, text) for text in templates(training.type.tolist())]
     special = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     opening = start or ([int(special)] if special is not None else [])  # pyright: ignore[reportArgumentType]
     free = [opening] * settings.free_samples if opening else []
-    jobs: list[Job] = []
-    for name, prompts, wanted, reason in (
-        ("templates", forms, settings.identifier_tokens, "no known identifier in the training records to ask for"),
-        ("free", free, settings.free_tokens, "the tokenizer has no token that opens a text"),
-    ):
-        longest = max(map(len, prompts), default=0)
-        room = wanted if size is None else min(wanted, size - longest)
-        kept = prompts if room > 0 else []
-        jobs.append(
-            Job(
-                name,
-                kept,
-                [room] * len(kept),
-                np.arange(len(kept)),
-                settings.sample_temperature,
-                settings.top_k,
-                reason="" if kept else reason,
-            )
-        )
-    return jobs
+    return [
+        template_job("templates", asked, size, settings),
+        _sampled_job(
+            "free", free, settings.free_tokens, size, settings, "the tokenizer has no token that opens a text"
+        ),
+    ]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def template_job(name: str, asked: list[list[int]], size: int | None, settings: GenerationSettings) -> Job:
+    """`template_samples` samples of each prompt."""
+    prompts = asked * settings.template_samples  # turn by turn, so that a budget leaves every template its share
+    reason = "no known identifier in the training records to ask for"
+    return _sampled_job(name, prompts, settings.identifier_tokens, size, settings, reason)
+
+
+def _sampled_job(
+    name: str, prompts: list[list[int]], wanted: int, size: int | None, settings: GenerationSettings, reason: str
+) -> Job:
+    longest = max(map(len, prompts), default=0)
+    room = wanted if size is None else min(wanted, size - longest)
+    kept = prompts if room > 0 else []
+    return Job(
+        name,
+        kept,
+        [room] * len(kept),
+        np.arange(len(kept)),
+        settings.sample_temperature,
+        settings.top_k,
+        reason="" if kept else reason,
+    )
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, without special ones."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
 
 

@@ -202,6 +202,8 @@ class ContextPrompts:
     """Which value follows, int64 [q]."""
     n_without_context: int
     """Values that nothing stands before, or only text that holds them already."""
+    places: list[tuple[TokenisedText, int, int]]
+    """Of each prompt: its record, and the first and the last (exclusive) character of its text there."""
 
 
 def context_prompts(
@@ -215,6 +217,7 @@ def context_prompts(
         context_tokens: the prompt's last text tokens that are kept.
     """
     prompts: dict[int, list[int]] = {}
+    places: list[tuple[TokenisedText, int, int]] = []
     without: set[int] = set()
     for record in texts:
         ends = [end for _, end in record.offsets]
@@ -228,12 +231,15 @@ def context_prompts(
             cut = bisect.bisect_right(ends, at)  # tokens that end before the identifier begins
             kept = slice(max(0, cut - context_tokens), cut)
             prompt = start + record.ids[kept]
-            before = record.text[record.offsets[kept.start][0] : at] if cut else ""
+            first, last = (record.offsets[kept.start][0], record.offsets[cut - 1][1]) if cut else (at, at)
+            before = record.text[first:at]
             if not prompt or values.holds(before, index):
                 without.add(index)
                 continue
             prompts[index] = prompt
-    return ContextPrompts(list(prompts.values()), np.array(list(prompts), dtype=np.int64), len(without - set(prompts)))
+            places.append((record, first, last))
+    found = np.array(list(prompts), dtype=np.int64)
+    return ContextPrompts(list(prompts.values()), found, len(without - set(prompts)), places)
 
 
 def leaks(values: IdentifierValues, prompts: Sequence[str], outputs: Sequence[str]) -> list[set[int]]:

@@ -20,6 +20,9 @@ from dpmed.memorization.intervals import (
     wilson,
 )
 
+FEW_UNITS = 6
+"""Of units that differ in one direction: fewer, and resampling cannot show how many more there may be."""
+
 
 def paired_rate_difference(
     first: np.ndarray,
@@ -44,7 +47,8 @@ def paired_rate_difference(
     where one model alone succeeds. With one case a unit the test is McNemar's exact one; else the exact sign test over
     units of which model has more successes there, which is the same for single cases but does not take the cases of
     one patient for independent. The interval is the percentile bootstrap over units; where all resamples agree, the
-    one of Newcombe with as many cases as there are units.
+    one of Newcombe with as many cases as there are units. A limit is never narrower than Newcombe's in a direction in
+    which fewer than `FEW_UNITS` units differ: of five units one of which differs, no resample shows the other way.
     Raises: ValueError without any case, or if the lengths differ.
     Reference: McNemar 1947; Newcombe 1998 (method 10 without its correlation term).
     """
@@ -55,12 +59,16 @@ def paired_rate_difference(
     difference = only_first.astype(float) - only_second
     low, high = bootstrap_ratio(difference, np.ones(len(first)), dense, bootstrap, seed)
     up, down = float(only_first.mean()), float(only_second.mean())
-    if not low < high:  # also NaN: no resample was asked for
-        (up_low, up_high), (down_low, down_high) = (wilson(rate * n_units, n_units) for rate in (up, down))
-        low = up - down - math.hypot(up - up_low, down_high - down)
-        high = up - down + math.hypot(up_high - up, down - down_low)
     net = np.bincount(dense, weights=difference, minlength=n_units)
     won, lost = int((net > 0).sum()), int((net < 0).sum())
+    (up_low, up_high), (down_low, down_high) = (wilson(rate * n_units, n_units) for rate in (up, down))
+    agree = not low < high  # also NaN: no resample was asked for
+    if agree or lost < FEW_UNITS:
+        least = up - down - math.hypot(up - up_low, down_high - down)
+        low = least if agree else min(low, least)
+    if agree or won < FEW_UNITS:
+        most = up - down + math.hypot(up_high - up, down - down_low)
+        high = most if agree else max(high, most)
     extra = {
         "p_value": float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
         "test": "exact McNemar" if n_units == len(first) else "exact sign test over units",

@@ -93,6 +93,26 @@ def test_the_interval_covers() -> None:
     assert 180 <= covered < 200  # 190 expected; an interval that is always right is too wide
 
 
+def test_few_patients_that_differ_one_way_do_not_rule_out_the_other() -> None:
+    second = np.array([True, False, False, False, False])  # of five patients one is a success of the second model alone
+    found = paired_rate_difference(np.zeros(5, bool), second, np.arange(5), "worse")
+    assert found.value == pytest.approx(-0.2)
+    assert found.high > 0.2  # resamples alone say 0: no patient of these differs the other way
+    none = paired_rate_difference(np.zeros(300, bool), np.zeros(300, bool), np.arange(300), "worse")
+    one = paired_rate_difference(np.arange(300) == 0, np.zeros(300, bool), np.arange(300), "worse")
+    assert one.high > none.high  # one leak is no better evidence than none
+
+
+def test_the_upper_limit_holds_where_few_differ() -> None:
+    rng, missed, share = np.random.default_rng(2), 0, 0.035
+    for _ in range(300):
+        first = rng.random(100) < share
+        missed += (
+            paired_rate_difference(first, np.zeros(100, bool), np.arange(100), "worse", bootstrap=200).high < share
+        )
+    assert missed <= 0.06 * 300  # 7 or 8 expected; resamples alone miss it in more than 10 of 100
+
+
 def test_mean_difference_by_hand_with_weights_and_gaps() -> None:
     first, second = np.array([3.0, 1.0, np.nan, 5.0]), np.array([1.0, 2.0, 9.0, np.inf])
     found = paired_mean_difference(first, second, np.arange(4), "worse", weights=np.array([1.0, 3.0, 9.0, 9.0]))
