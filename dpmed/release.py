@@ -27,6 +27,7 @@ from dpmed.data.records import data_fingerprint
 from dpmed.data.tasks import TaskSpec
 from dpmed.environment import versions
 from dpmed.errors import InputError
+from dpmed.evidence import EVIDENCE, Row, overall
 from dpmed.memorization.canary_figures import members_without_canaries
 from dpmed.memorization.evaluator import MemorizationEvaluator
 from dpmed.memorization.intervals import Measure, NotApplicable
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
 
     from dpmed.recipe import Recipe
 
-Row = dict[str, Any]
-"""{"stage", "check", "verdict", "threshold", "value", "low", "high", "n", "reason"}; numbers null if not measured."""
-EVIDENCE = "evidence.json"
 NO_FLOOR = "no floor was given: name the model before fine-tuning (model.base) or a clean retrain"
 NOT_PARAPHRASED = "paraphrased prompts are not made: that needs a second model; prompts by template stand for them"
 NO_PUBLIC = "no public text was named (release.public_text)"
@@ -74,14 +72,6 @@ def decide(stage: str, check: str, figure: Measure | Mapping[str, Any] | NotAppl
     elif low is not None and low > threshold:
         verdict = "fail"
     return {**row, **{key: found[key] for key in ("value", "low", "high", "n")}, "verdict": verdict}
-
-
-def overall(rows: list[Row]) -> str:
-    """fail if a test failed; pass if some were made and all passed; else not_shown."""
-    verdicts = {row["verdict"] for row in rows}
-    if "fail" in verdicts:
-        return "fail"
-    return "pass" if verdicts - {"not_tested"} == {"pass"} else "not_shown"
 
 
 def weights_digest(folder: str | Path) -> str:
