@@ -48,12 +48,12 @@ class EvidenceRow:
 
     @property
     def interval(self) -> str:
-        """In brackets; a bound that is not finite is `no limit`, and without any the text says that there is none."""
+        """In brackets; a bound that is not finite is `no limit`, and without any this is the reason."""
         bounds = [
             "no limit" if bound is None else self._number(bound, self.words.is_difference)
             for bound in (self.low, self.high)
         ]
-        return f"[{', '.join(bounds)}]" if {self.low, self.high} != {None} else wording.NO_INTERVAL
+        return f"[{', '.join(bounds)}]" if self.has_interval else self.reason or wording.NO_INTERVAL
 
     @property
     def limit(self) -> str:
@@ -64,7 +64,11 @@ class EvidenceRow:
         """`+3.1 points [+1.2, +5.0]`, or why there is none."""
         if self.value is None:
             return f"not measured: {self.reason}"
-        return f"{self.shown} {self.interval}" if "[" in self.interval else f"{self.shown} ({self.interval})"
+        return f"{self.shown} {self.interval if self.has_interval else f'({self.interval})'}"
+
+    @property
+    def has_interval(self) -> bool:
+        return {self.low, self.high} != {None}
 
     @property
     def _unit(self) -> str:
@@ -111,7 +115,7 @@ def _test(row: Any, settings: Mapping[str, Any], where: Path) -> EvidenceRow:
         high=high,
         threshold=threshold,
         n="not recorded" if n is None else f"{n:.0f}",
-        reason=str(row.get("reason") or "no reason recorded"),
+        reason=str(row.get("reason") or ("no reason recorded" if value is None else "")),
     )
 
 

@@ -57,6 +57,10 @@ CHECKS = {
         "Identifiers written when prompted by their context, above decoys",
         f"{_WRITTEN} after the words that stand before them, minus the same share for decoys.",
     ),
+    "paraphrased_prompts_above_decoys": CheckWords(
+        "Identifiers written when prompted in other words, above decoys",
+        f"{_WRITTEN} after prompts put in other words, minus the same share for decoys.",
+    ),
     "paraphrased_prompts": CheckWords("Identifiers written when prompted by paraphrases", f"{_WRITTEN}."),
     "relearning": CheckWords("All measures of leakage", "Identifiers, records and membership, as in the other stages."),
     "perplexity_loss": CheckWords(

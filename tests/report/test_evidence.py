@@ -200,6 +200,12 @@ def test_the_verdict_in_one_sentence(counts: dict[str, int], expected: str) -> N
     assert sentence.startswith("Do not release") != sentence.startswith("Passed")
 
 
+def test_a_reason_for_a_missing_interval_stands_in_its_place(tmp_path: Path) -> None:
+    row = decide("utility", "f1_loss", measured(0.0, None, None), 0.02)
+    found = read(make_evidence([row | {"reason": "too few [patients]"}]), tmp_path)
+    assert test_rows(found)[0][2] == "too few [patients]" and "0.000 (too few [patients])" in found.text
+
+
 def test_settings_that_let_more_pass_are_told(tmp_path: Path) -> None:
     lax = vars(ReleaseSection(max_membership_auc=0.9, quantise=[8], relearn_steps=2, max_utility_loss=0.01))
     text = read(make_evidence(usual_rows(), thresholds=lax), tmp_path).text
