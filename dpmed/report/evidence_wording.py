@@ -58,8 +58,12 @@ CHECKS = {
         f"{_WRITTEN} after the words that stand before them, minus the same share for decoys.",
     ),
     "paraphrased_prompts_above_decoys": CheckWords(
-        "Identifiers written when prompted in other words, above decoys",
-        f"{_WRITTEN} after prompts put in other words, minus the same share for decoys.",
+        "Identifiers written when their context is put in other words, above decoys",
+        f"{_WRITTEN} after the words before them, put in other words, minus the same share for decoys.",
+    ),
+    "paraphrased_templates_prompts_above_decoys": CheckWords(
+        "Identifiers written when templates are put in other words, above decoys",
+        f"{_WRITTEN} after such prompts, put in other words, minus the same share for decoys.",
     ),
     "paraphrased_prompts": CheckWords("Identifiers written when prompted by paraphrases", f"{_WRITTEN}."),
     "relearning": CheckWords("All measures of leakage", "Identifiers, records and membership, as in the other stages."),
