@@ -179,9 +179,9 @@ def frontier(args: argparse.Namespace) -> Result:
 
 
 def report(args: argparse.Namespace) -> Result:
-    from dpmed.report.build import build_report
+    from dpmed.report.build import build_pages
 
-    return {"report": build_report(args.folders, args.output_dir)}
+    return build_pages(args.folders, args.output_dir)
 
 
 def calibrate(args: argparse.Namespace) -> Result:
@@ -408,7 +408,10 @@ VERBS: dict[str, Verb] = {
         keys=FRONTIER_KEYS,
     ),
     "report": Verb(
-        help="Rebuild the report from run folders.", run=report, add=arguments.add_report, show=cli_show.pairs
+        help="Rebuild the report, and the page of a release gate, from run folders.",
+        run=report,
+        add=arguments.add_report,
+        show=cli_show.pairs,
     ),
     "calibrate": Verb(
         help="Noise for a target epsilon, before any training.",

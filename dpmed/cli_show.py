@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpmed.evidence import EVIDENCE_PAGE
+
 Result = dict[str, Any]
 
 
@@ -162,6 +164,7 @@ def gate(result: Result) -> None:
     _table(("after", "measured", "verdict", "value", "95 % interval", "threshold"), rows)
     for row in result["not_tested"]:
         print(f"not tested: {row['stage']}, {row['check']}: {row['reason']}")
+    print(f"page: {Path(result['output_dir']) / EVIDENCE_PAGE}")
 
 
 def planted(result: Result) -> None:

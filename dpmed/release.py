@@ -26,6 +26,7 @@ from dpmed.data.records import data_fingerprint
 from dpmed.data.tasks import TaskSpec
 from dpmed.environment import versions
 from dpmed.errors import InputError
+from dpmed.evidence import EVIDENCE, Row, overall
 from dpmed.memorization.battery import MASKED_CONTINUES, SEED
 from dpmed.memorization.canary_figures import members_without_canaries
 from dpmed.memorization.evaluator import MemorizationEvaluator
@@ -37,7 +38,7 @@ from dpmed.models import load_model, load_tokenizer, read_task_card
 from dpmed.progress import progress
 from dpmed.recipe_io import dump_recipe
 from dpmed.relearning import public_records, relearn, relearning_sides
-from dpmed.release_rows import Row, decide, leak_rows, overall, prompt_rows
+from dpmed.release_rows import decide, leak_rows, prompt_rows
 from dpmed.release_utility import utility_losses
 from dpmed.runs import read_json, write_json
 from dpmed.splits import Splits, task_spec
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
     from dpmed.recipe import Recipe
 
-EVIDENCE = "evidence.json"
 PARTS = ".partial"
 """Under `release/`: statistics and written text of a gate that is under way; deleted when the evidence is written."""
 OF_FLOOR, OF_STAGE = "floor", "stage"

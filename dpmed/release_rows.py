@@ -12,12 +12,10 @@ from typing import Any
 
 from scipy.stats import norm
 
+from dpmed.evidence import Row
 from dpmed.memorization.intervals import Z_95, Measure, NotApplicable
 from dpmed.memorization.prompt_probes import PROBES
 
-Row = dict[str, Any]
-"""{"stage", "check", "verdict", "threshold", "value", "low", "high", "n", "reason"}; numbers null if not measured. A
-membership row also names the `attack` and `n_attacks`, a row of paraphrased prompts their `counts`."""
 NO_FLOOR = "no floor was given: name the model before fine-tuning (model.base) or a clean retrain"
 NO_INTERVAL = "too few patients for an interval"
 NO_ATTACK = "no attack could be made"
@@ -46,14 +44,6 @@ def decide(stage: str, check: str, figure: Measure | Mapping[str, Any] | NotAppl
     elif low is None or high is None:
         row["reason"] = NO_INTERVAL
     return {**row, **{key: found[key] for key in ("value", "low", "high", "n")}, "verdict": verdict}
-
-
-def overall(rows: list[Row]) -> str:
-    """fail if a test failed; pass if some were made and all passed; else not_shown."""
-    verdicts = {row["verdict"] for row in rows}
-    if "fail" in verdicts:
-        return "fail"
-    return "pass" if verdicts - {"not_tested"} == {"pass"} else "not_shown"
 
 
 def leak_rows(stage: str, found: Mapping[str, Any], limits: tuple[float, float], max_auc: float) -> list[Row]:

@@ -223,7 +223,7 @@ def test_demo_frontier_and_report_pass_their_arguments(
     frontier = stand_in("dpmed.frontier", "run_frontier", result)
     printed(capsys, "frontier", recipe_file, *out, "--data.heldout", "h", "--jobs", "3")
     assert frontier[0][0][1:] == (tmp_path,) and frontier[0][1] == {"jobs": 3, "resume": False}
-    report = stand_in("dpmed.report.build", "build_report", tmp_path / "report.html")
+    report = stand_in("dpmed.report.build", "build_pages", {"report": tmp_path / "report.html"})
     assert str(tmp_path / "report.html") in printed(capsys, "report", "a", "b", *out)
     assert report == [(([Path("a"), Path("b")], tmp_path), {})]
 

@@ -26,6 +26,8 @@ from dpmed.recipe import Recipe
 from dpmed.relearning import relearn
 from dpmed.release import PARTS, release_gate, weights_digest
 from dpmed.release_utility import rare_words_tagged, span_tokens, utility_losses
+from dpmed.report.evidence import build_evidence_page
+from dpmed.report.evidence_wording import CHECKS
 from dpmed.splits import Splits, task_spec
 
 ORDER = ("as_released", "bfloat16", "int8", "int4", "relearned", "relearned_public", "utility")
@@ -124,6 +126,17 @@ def test_a_memoriser_fails_as_it_is_and_rounded(of_memoriser: tuple[dict[str, An
     assert found["as_released"] == found["int8"] == found["bfloat16"] == "fail"
     assert {path.stem for path in (folder / "release").iterdir()} == STAGES
     assert json.loads((folder / "evidence.json").read_text()) == evidence
+
+
+def test_the_page_has_words_for_every_stage_and_measure_of_the_gate(
+    of_memoriser: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    evidence, _ = of_memoriser
+    rows = [*evidence["tested"], *evidence["not_tested"]]
+    assert {row["check"] for row in rows} <= set(CHECKS)
+    assert {row["stage"] for row in rows} == STAGES
+    page = build_evidence_page(evidence, tmp_path / "evidence.html").read_text()
+    assert "Not described in this version" not in page and "Do not release these weights: " in page
 
 
 def test_what_was_not_tested_stands_with_its_reason(of_memoriser: tuple[dict[str, Any], Path]) -> None:

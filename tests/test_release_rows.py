@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpmed.evidence import overall
 from dpmed.memorization.intervals import Measure, NotApplicable, wilson
 from dpmed.memorization.prompt_probes import PROBES
 from dpmed.release_rows import (
@@ -17,7 +18,6 @@ from dpmed.release_rows import (
     NO_INTERVAL,
     decide,
     membership_row,
-    overall,
     prompt_rows,
     unpaired_difference,
 )

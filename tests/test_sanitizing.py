@@ -44,6 +44,7 @@ def test_the_folder_is_a_finished_sani_run_with_evidence(passed: Path) -> None:
     run, evidence = (json.loads((passed / name).read_text()) for name in ("run.json", "evidence.json"))
     assert (run["method"], run["status"], evidence["verdict"]) == ("sani", "finished", "pass")
     assert (passed / "model").is_dir() and (passed / "evaluation.json").is_file()
+    assert "Passed: all" in (passed / "evidence.html").read_text()
     assert {row["stage"] for row in evidence["tested"]} >= {"as_released", "bfloat16", "int8", "relearned", "utility"}
 
 
@@ -57,7 +58,7 @@ def test_a_restart_of_a_finished_one_trains_nothing(
     monkeypatch.setattr("dpmed.release.relearn", forbidden)
     assert cli.main(["sanitize", str(world.folder / "sanitize.yaml"), "--output_dir", str(passed), "--resume"]) == 0
     text = capsys.readouterr().out
-    assert "verdict: pass" in text and "not tested: relearned_public" in text
+    assert "verdict: pass" in text and "not tested: relearned_public" in text and "evidence.html" in text
 
 
 def test_a_gate_that_says_no_ends_with_status_3_and_leaves_its_evidence(
@@ -70,6 +71,9 @@ def test_a_gate_that_says_no_ends_with_status_3_and_leaves_its_evidence(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the gate says fail" in error and "do not release these weights" in error
     assert json.loads((tmp_path / "s" / "evidence.json").read_text())["verdict"] == "fail"
+    page = (tmp_path / "s" / "evidence.html").read_text()
+    assert f"see {tmp_path / 's' / 'evidence.html'}" in error and "Do not release these weights" in page
+    assert not [mark for mark in world.marks if mark.decode() in page]
     recipe.release.max_membership_auc = 1.0
 
 

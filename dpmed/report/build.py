@@ -1,25 +1,41 @@
-"""`build_report`: frontier and run folders in; one page, one table and the figures out."""
+"""`build_report`: frontier and run folders in; one page, one table and the figures out. `build_pages` adds gates'."""
 
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from dpmed.errors import InputError
+from dpmed.evidence import EVIDENCE
 from dpmed.report import figures, tables
 from dpmed.report.certificate import Certificate, statements
+from dpmed.report.evidence import evidence_pages
+from dpmed.report.page import inline_svg, render
 from dpmed.report.points import Point, finite, lookup, non_dominated, points_from_run_folder, read_json
 from dpmed.report.settings import Setting, group_settings
 from dpmed.report.verdicts import STANDING_LIMITS, Verdict, decide
+from dpmed.runs import write_text
 
 _FLAT_KEYS = ("name", "setting", "method", "seed", "epsilon", "epsilon_lower_bound", "delta", "unit", "on_frontier")
+_RESULTS = ("frontier.json", "run.json")
+
+
+def build_pages(folders: Sequence[Path], output_dir: Path) -> dict[str, Any]:
+    """`build_report`, and the page on the release gate of each folder that holds an `evidence.json`.
+
+    A folder that holds nothing but the evidence is no part of the report.
+
+    Returns: the path of `report`, if there is one, and those of the `evidence` pages, if there are any.
+    Raises: InputError as both; then nothing is written.
+    """
+    pages = evidence_pages(folders, output_dir)
+    kept = [f for f in folders if not (f / EVIDENCE).is_file() or any((f / name).is_file() for name in _RESULTS)]
+    made: dict[str, Any] = {"report": build_report(kept, output_dir)} if kept or not pages else {}
+    for path, text in pages.items():
+        write_text(path, text)
+    return made | ({"evidence": list(pages)} if pages else {})
 
 
 def build_report(folders: Sequence[Path], output_dir: Path) -> Path:
@@ -154,8 +170,6 @@ def _page(
     meta: dict[str, Any],
     drawn: dict[str, str],
 ) -> str:
-    template = (resources.files("dpmed.report") / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     captions = figures.captions(settings, verdict)
     notes = tables.Notes()
     certified = {certificate.name for certificate in certificates}
@@ -165,7 +179,8 @@ def _page(
         for point in setting.points
         if finite(point.get("epsilon")) is not None and point.get("name") not in certified
     ]
-    return environment.from_string(template).render(
+    return render(
+        "report.html.j2",
         meta=meta,
         facts=tables.facts(meta),
         verdict=verdict,
@@ -174,7 +189,7 @@ def _page(
         tables=tables.setting_tables(settings, verdict, notes),
         notes=notes.texts,
         never_measured=tables.never_measured(settings),
-        figures=[{**captions[name], "svg": Markup(_inline(svg, name))} for name, svg in drawn.items()],
+        figures=[{**captions[name], "svg": inline_svg(svg, name)} for name, svg in drawn.items()],
         missing_figures=[captions[name]["title"] for name in captions if name not in drawn],
         certificates=tables.certificate_table(certificates),
         uncertified=uncertified,
@@ -185,11 +200,3 @@ def _page(
         versions=sorted((str(k), str(v)) for k, v in (meta.get("versions") or {}).items()),
         glossary=tables.GLOSSARY,
     )
-
-
-def _inline(svg: str, name: str) -> str:
-    """The figure for the page: own ids (two figures may both have `clip0`), scaled to the page's width."""
-    svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1)

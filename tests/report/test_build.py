@@ -7,47 +7,17 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report.made_up import HOSTILE_NAME, make_certificate, make_evaluation, make_meta, make_points, write_frontier
+from report.pages import Page
 
 from dpmed.errors import InputError
 from dpmed.report.build import build_report
 
-_VOID = {"meta", "link", "br", "img", "input", "hr"}
 FIGURES = ("f1_against_epsilon", "f1_against_extraction", "extraction_by_prefix", "membership_roc")
-
-
-class _Page(HTMLParser):
-    """Collects tags, attributes and text, and checks that tags close in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == [], f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(key, value or "") for key, value in attrs]
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(key, value or "") for key, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +29,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_is_one_small_file_that_loads_nothing(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert report.name == "report.html" and len(text.encode()) < 1_000_000
-    page = _Page(text)
+    page = Page(text)
     loads = [value for key, value in page.attributes if key in ("src", "href", "xlink:href", "srcset", "data")]
     assert loads and all(value.startswith("#") for value in loads)
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
@@ -67,7 +37,7 @@ def test_the_page_is_one_small_file_that_loads_nothing(report: Path) -> None:
 
 
 def test_ids_are_unique_and_links_lead_somewhere(report: Path) -> None:
-    page = _Page(report.read_text(encoding="utf-8"))
+    page = Page(report.read_text(encoding="utf-8"))
     ids = [value for key, value in page.attributes if key == "id"]
     assert len(ids) == len(set(ids))
     wanted = [value[1:] for key, value in page.attributes if key == "href"]
@@ -77,7 +47,7 @@ def test_ids_are_unique_and_links_lead_somewhere(report: Path) -> None:
 
 
 def test_the_first_screen_answers_the_officer(report: Path) -> None:
-    text = _Page(report.read_text(encoding="utf-8")).text
+    text = Page(report.read_text(encoding="utf-8")).text
     start = text[: text.index("All settings")]
     answers = ("Which method?", "DP-LoRA", "Which epsilon?", "What leaks?", "held-out patients:", "base model:")
     limits = ("What does it cost?", "What this cannot show", "The hospital is synthetic.", "pre-training")
@@ -86,7 +56,7 @@ def test_the_first_screen_answers_the_officer(report: Path) -> None:
 
 
 def test_the_rest_names_certificates_reasons_failures_and_versions(report: Path) -> None:
-    text = _Page(report.read_text(encoding="utf-8")).text
+    text = Page(report.read_text(encoding="utf-8")).text
     for expected in ("dp_lora-eps3-s0", "add or remove one unit", "no canaries were planted", "out of memory",
                      "torch 2.13.0", "11.52", "13.8 %",
                      "An AUC below 0.5 is not “more private”", "seeds 0."):  # fmt: skip
@@ -122,7 +92,7 @@ def test_a_hostile_name_stays_text(tmp_path: Path) -> None:
     points[-1]["not_applicable"] = {HOSTILE_NAME: HOSTILE_NAME}
     meta = {**make_meta(), "failed": [{"name": HOSTILE_NAME, "reason": HOSTILE_NAME}], "model": HOSTILE_NAME}
     target = build_report([write_frontier(tmp_path / "f", points, meta)], tmp_path / "out")
-    page = _Page(target.read_text(encoding="utf-8"))
+    page = Page(target.read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert HOSTILE_NAME in page.text
     assert "<script" not in (tmp_path / "out/figures/f1_against_extraction.svg").read_text(encoding="utf-8")
@@ -136,7 +106,7 @@ def test_nulls_and_missing_keys_show_na_with_the_reason(tmp_path: Path) -> None:
         point["not_applicable"]["memorization.membership_auc"] = "no held-out patients were given"
     points += [{"name": "bare", "method": "new_method"}]
     target = build_report([write_frontier(tmp_path / "f", points, {})], tmp_path / "out")
-    text = _Page(target.read_text(encoding="utf-8")).text
+    text = Page(target.read_text(encoding="utf-8")).text
     assert "Membership AUC: no held-out patients were given" in text
     assert "n/a" in text and "bare" in text
 
@@ -144,7 +114,7 @@ def test_nulls_and_missing_keys_show_na_with_the_reason(tmp_path: Path) -> None:
 def test_a_study_without_any_measurement_still_makes_a_page(tmp_path: Path) -> None:
     folder = write_frontier(tmp_path / "f", [{"name": "only"}], {})
     target = build_report([folder], tmp_path / "out")
-    text = _Page(target.read_text(encoding="utf-8")).text
+    text = Page(target.read_text(encoding="utf-8")).text
     assert "Not drawn, because nothing was measured" in text
     assert "No setting here has a privacy guarantee" in text
 
@@ -164,7 +134,7 @@ def test_the_base_model_is_taken_from_the_meta_data_if_no_point_has_it(tmp_path:
     points = [point for point in make_points() if point["method"] == "full"]
     meta = {**make_meta(), "base_model": make_evaluation(0.3, 0.02, 0.5, 0)}
     target = build_report([write_frontier(tmp_path / "f", points, meta)], tmp_path / "out")
-    assert "Base model, not fine-tuned" in _Page(target.read_text(encoding="utf-8")).text
+    assert "Base model, not fine-tuned" in Page(target.read_text(encoding="utf-8")).text
 
 
 def _run_folder(folder: Path, name: str, **privacy: Any) -> Path:
@@ -181,7 +151,7 @@ def test_run_folders_are_taken_too_and_same_names_stay_apart(tmp_path: Path) -> 
     target = build_report([first, second, first], tmp_path / "out")
     with (tmp_path / "out/frontier.csv").open(newline="", encoding="utf-8") as file:
         assert [row["setting"] for row in csv.DictReader(file)] == ["dp", "dp (b)"]
-    text = _Page(target.read_text(encoding="utf-8")).text
+    text = Page(target.read_text(encoding="utf-8")).text
     assert "dp-s0 (b): the guarantee covers one record, not one patient." in text
 
 
