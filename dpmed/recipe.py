@@ -146,6 +146,8 @@ class SaniSection:
     """A word in the records of fewer than k patients is an indirect identifier."""
     terms: str | None = None
     """Text file of confidential terms, one a line, that are the targets instead of identifiers."""
+    surrogates: bool = False
+    """Replace targets by surrogates of their type in what the repair reads, so that they are not even its context."""
     repair: Literal["full", "lora"] = "full"
     """Repair all weights, or train adapters (section lora) that are merged when the weights are saved."""
     kl: float = 0.0

@@ -3,7 +3,7 @@
 1. erase: a share of the feed-forward neurons of some blocks is reset (see `erasure`), when the trainer is made, or
    also before every further epoch;
 2. repair: fine-tune for one or two epochs with a loss in which no target token ever counts (causal), or with a mask
-   that never falls on one (masked LM). Targets stay visible as context.
+   that never falls on one (masked LM). Targets stay visible as context, or surrogates stand in their place.
 
 From the paper (arXiv 2510.21322): the two phases, their aim, and that targets are identifiers or a list of confidential
 terms. Second-hand (its public reviews): half of the neurons of the last layer, at random, one to two epochs. Ours: all
@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +29,8 @@ from dpmed.data.batches import Batch, language_targets, mean_by_record, per_reco
 from dpmed.data.identifiers import Span, tag_identifiers, with_spans
 from dpmed.data.matching import KnownValues
 from dpmed.data.sources import read_texts
-from dpmed.data.tasks import EncodedRecords, Targets, TaskSpec, covers
+from dpmed.data.surrogates import with_surrogates
+from dpmed.data.tasks import EncodedRecords, Example, Targets, TaskSpec, covers, encode
 from dpmed.errors import InputError
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 from dpmed.trainers.erasure import (
@@ -63,6 +65,7 @@ class SANITrainingConfig(TrainingConfig):
     identifiers: Targets = field(default="all", metadata={"help": "direct, indirect or all are never a target"})
     k: int = field(default=2, metadata={"help": "a word of fewer than k patients is an indirect identifier"})
     terms: str | None = field(default=None, metadata={"help": "file of terms that are targets instead of identifiers"})
+    surrogates: bool = field(default=False, metadata={"help": "targets are replaced in the context of the repair too"})
     repair: Literal["full", "lora"] = field(default="full", metadata={"help": "all weights, or adapters"})
     kl: float = field(default=0.0, metadata={"help": "weight of the divergence from the checkpoint"})
 
@@ -122,10 +125,23 @@ class SANITrainer(DpmedTrainer):
             self.add_callback(_EraseEachEpoch(self, base_model))
 
     def prepare_records(self, records: Dataset, args: SANITrainingConfig) -> Dataset:
-        """Finds the terms; or extends the known identifiers over the text, and adds the rare words."""
+        """Finds the terms; or extends the known identifiers over the text, and adds the rare words. With `surrogates`,
+        what the repair reads holds none of them any more."""
         if args.terms:
-            return with_terms(records, args.terms)
-        return tag_identifiers(records, k=args.k, indirect=args.identifiers != "direct")
+            found = with_terms(records, args.terms)
+        else:
+            found = tag_identifiers(records, k=args.k, indirect=args.identifiers != "direct")
+        if not args.surrogates:
+            return found
+        self._unchanged = found
+        return with_surrogates(found, self.never_target or "all", seed=args.seed)
+
+    @cached_property
+    def checkpoint_examples(self) -> Sequence[Example]:
+        """Windows of the records as the checkpoint learned them: with the real targets, for scores of neurons."""
+        if not self.args.surrogates:
+            return self.train_dataset.examples
+        return encode(self._unchanged, self.processing_class, self.spec).examples
 
     def erase(self, *, epoch: int, base: nn.Module | None = None) -> dict[int, int]:
         """Choose and reset neurons; which ones follows from seed, epoch, records and weights.
@@ -137,7 +153,7 @@ class SANITrainer(DpmedTrainer):
         scores = None
         if args.select != "random" and args.erase_fraction > 0:
             batches = score_batches(
-                self.train_dataset.examples,
+                self.checkpoint_examples,
                 self.processing_class,
                 self.spec,
                 which=self.never_target or "all",
@@ -260,4 +276,6 @@ def _check(args: SANITrainingConfig, model: nn.Module, records: Dataset | Encode
         )
     if args.terms and isinstance(records, EncodedRecords):
         raise InputError("sani.terms are looked for in text: pass records that are not encoded yet")
+    if args.surrogates and isinstance(records, EncodedRecords):
+        raise InputError("sani.surrogates are put into text: pass records that are not encoded yet")
     chosen_blocks(args.erase_layers, len(feed_forwards(model)))
