@@ -111,7 +111,8 @@ def train(
 
 def weights_folder(recipe: Recipe, output_dir: Path) -> Path:
     """Where a run's weights end up."""
-    return output_dir / ("adapter" if recipe.method in ("lora", "dp_lora") else "model")
+    in_adapter = recipe.method == "sani" and recipe.sani.erase_in == "adapter"
+    return output_dir / ("adapter" if in_adapter or recipe.method in ("lora", "dp_lora") else "model")
 
 
 def _follow(recipe: Recipe, output_dir: Path) -> dict[str, Any]:

@@ -138,6 +138,9 @@ class SaniSection:
     """gradient and activation: at most so many windows with a target are drawn to score neurons."""
     reset_to: Literal["init", "base", "zero"] = "init"
     """What they are reset to: a fresh initialisation, the weights of model.base, or zero, which prunes them."""
+    erase_in: Literal["weights", "adapter"] = "weights"
+    """weights: an adapter is merged, then its model erased. adapter: what an adapter adds to the neurons is taken away,
+    its base stays, repair lora trains it on, and an adapter is saved."""
     when: Literal["once", "every_epoch"] = "once"
     """Erase once, or again before every epoch."""
     identifiers: Literal["direct", "indirect", "all"] = "all"

@@ -37,20 +37,21 @@ def make_trainer(
 ) -> DpmedTrainer:
     """The trainer of a recipe, with its model loaded."""
     torch.manual_seed(recipe.training.seed)  # heads and adapters that are made fresh follow the run's seed
-    model = load_model(
-        recipe.model.path, spec, revision=recipe.model.revision, merge=recipe.method in ("full", "sani", "unlearn")
-    )
+    in_adapter = recipe.method == "sani" and recipe.sani.erase_in == "adapter"
+    merge = recipe.method in ("full", "sani", "unlearn") and not in_adapter
+    model = load_model(recipe.model.path, spec, revision=recipe.model.revision, merge=merge)
     if isinstance(model, PeftModel):
         model.set_adapter(str(model.active_adapter))  # training goes on from it; a loaded adapter comes frozen
     else:
         model.requires_grad_(True)  # and so does the base that one was merged into
     trainer, _ = METHODS[recipe.method]
     options: dict[str, Any] = {"spec": spec}
-    if recipe.method == "sani" and recipe.sani.reset_to == "base":
+    if recipe.method == "sani" and recipe.sani.reset_to == "base" and not in_adapter:
         if recipe.model.base is None:
             raise InputError("sani.reset_to: base needs the model before fine-tuning: set model.base")
         options["base_model"] = load_model(recipe.model.base, spec, merge=True)
-    if recipe.method in ("lora", "dp_lora") or (recipe.method == "sani" and recipe.sani.repair == "lora"):
+    new_adapter = recipe.method == "sani" and recipe.sani.repair != "full" and not in_adapter
+    if recipe.method in ("lora", "dp_lora") or new_adapter:
         lora = recipe.lora
         options["peft_config"] = lora_config(
             model,

@@ -282,14 +282,19 @@ def erase_neurons(
     erased: dict[int, int] = {}
     for number in numbers:
         block, width = blocks[number], blocks[number].width
-        if scores is None:
-            order = torch.randperm(width, generator=generator)
-        else:
-            order = scores[number].argsort(descending=True, stable=True)
-        chosen = order[: math.floor(fraction * width)]
+        chosen = chosen_neurons(width, fraction, generator, None if scores is None else scores[number])
         _reset(block, chosen, reset_to, bases[number], generator)
         erased[number] = len(chosen)
     return erased
+
+
+def chosen_neurons(width: int, fraction: float, generator: torch.Generator, scores: Tensor | None) -> Tensor:
+    """The neurons of one block that are reset: those of the highest scores, or random ones without scores."""
+    if scores is None:
+        order = torch.randperm(width, generator=generator)
+    else:
+        order = scores.argsort(descending=True, stable=True)
+    return order[: math.floor(fraction * width)]
 
 
 def _base_blocks(base: nn.Module | None, blocks: list[FeedForward]) -> list[FeedForward]:

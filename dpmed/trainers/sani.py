@@ -1,7 +1,7 @@
 """SANI: sanitise a checkpoint that is already trained. Erase neurons, then repair without ever learning an identifier.
 
 1. erase: a share of the feed-forward neurons of some blocks is reset (see `erasure`), when the trainer is made, or
-   also before every further epoch;
+   also before every further epoch; or what a LoRA checkpoint adds to them (see `adapter_erasure`);
 2. repair: fine-tune for one or two epochs with a loss in which no target token ever counts (causal), or with a mask
    that never falls on one (masked LM). Targets stay visible as context, or surrogates stand in their place.
 
@@ -32,6 +32,7 @@ from dpmed.data.sources import read_texts
 from dpmed.data.surrogates import with_surrogates
 from dpmed.data.tasks import EncodedRecords, Example, Targets, TaskSpec, covers, encode
 from dpmed.errors import InputError
+from dpmed.trainers.adapter_erasure import erase_adapter_neurons, feed_forward_factors
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 from dpmed.trainers.erasure import (
     LAYOUTS,
@@ -61,6 +62,9 @@ class SANITrainingConfig(TrainingConfig):
     select: Select = field(default="random", metadata={"help": "random, gradient or activation"})
     score_windows: int = field(default=256, metadata={"help": "windows by which neurons are scored"})
     reset_to: ResetTo = field(default="init", metadata={"help": "init, base or zero"})
+    erase_in: Literal["weights", "adapter"] = field(
+        default="weights", metadata={"help": "the model's weights, or the factors of a checkpoint that is an adapter"}
+    )
     when: Literal["once", "every_epoch"] = field(default="once", metadata={"help": "once or every_epoch"})
     identifiers: Targets = field(default="all", metadata={"help": "direct, indirect or all are never a target"})
     k: int = field(default=2, metadata={"help": "a word of fewer than k patients is an indirect identifier"})
@@ -74,10 +78,12 @@ class SANITrainer(DpmedTrainer):
     """Erases when it is made, then repairs.
 
     Args:
-        model: the checkpoint to sanitise; an adapter must be merged first (`load_model(..., merge=True)`).
+        model: the checkpoint to sanitise; an adapter must be merged first (`load_model(..., merge=True)`), or with
+            `erase_in` adapter a PEFT model whose adapter is trainable.
         train_dataset: the records that the checkpoint was trained on, with `identifiers` where they are known.
         base_model: the model before fine-tuning, for `reset_to` base.
-        peft_config: adapters that learn the repair, for `repair` lora. `save_weights` merges them.
+        peft_config: adapters that learn the repair, for `repair` lora. `save_weights` merges them, but where `erase_in`
+            is adapter: then the checkpoint's own adapter learns the repair, and is saved as one.
         The others: see `DpmedTrainer`.
 
     Attributes:
@@ -162,15 +168,11 @@ class SANITrainer(DpmedTrainer):
                 generator=generator,
             )
             scores = neuron_scores(self.model, batches, self.spec, layers=args.erase_layers, by=args.select)
-        return erase_neurons(
-            self.model,
-            fraction=args.erase_fraction,
-            layers=args.erase_layers,
-            generator=generator,
-            scores=scores,
-            reset_to=args.reset_to,
-            base=base,
-        )
+        common: dict[str, Any] = {"fraction": args.erase_fraction, "layers": args.erase_layers}
+        common |= {"generator": generator, "scores": scores}
+        if args.erase_in == "adapter":
+            return erase_adapter_neurons(self.model, **common)
+        return erase_neurons(self.model, **common, reset_to=args.reset_to, base=base)
 
     def record_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Loss of each example [b]; in training, and with `kl`, the divergence from the checkpoint is added."""
@@ -184,9 +186,10 @@ class SANITrainer(DpmedTrainer):
         return per_record_loss(logits, batch, self.spec) + self.args.kl * far
 
     def save_weights(self, folder: str | Path) -> Path:
-        """As the base class does; adapters of a LoRA repair are merged, since they belong to the erased model alone."""
+        """As the base class does; adapters of a LoRA repair are merged, since they belong to the erased model alone.
+        A checkpoint that was erased in its adapter is saved as an adapter, since its base is as it was."""
         repaired = self.model
-        if not isinstance(repaired, PeftModel):
+        if not isinstance(repaired, PeftModel) or self.args.erase_in == "adapter":
             return super().save_weights(folder)
         try:
             self.model = copy.deepcopy(repaired).merge_and_unload()  # pyright: ignore[reportCallIssue]
@@ -259,6 +262,7 @@ def _check(args: SANITrainingConfig, model: nn.Module, records: Dataset | Encode
     choices = {
         "select": ("random", "gradient", "activation"),
         "reset_to": ("init", "base", "zero"),
+        "erase_in": ("weights", "adapter"),
         "when": ("once", "every_epoch"),
         "repair": ("full", "lora"),
     }
@@ -269,7 +273,13 @@ def _check(args: SANITrainingConfig, model: nn.Module, records: Dataset | Encode
         raise InputError(f"sani.kl is {args.kl}; choose a number of 0 or more")
     if args.score_windows < 1:
         raise InputError(f"sani.score_windows is {args.score_windows}; choose a whole number of at least 1")
-    if args.repair == "lora" and args.when == "every_epoch":
+    if args.erase_in == "adapter":
+        feed_forward_factors(model, args.erase_layers)
+        if args.repair == "full":
+            raise InputError("sani.erase_in: adapter leaves the base as it is: set sani.repair to lora")
+        if args.reset_to == "zero":
+            raise InputError("sani.reset_to: zero would prune the base; an adapter's neurons are reset to the base's")
+    elif args.repair == "lora" and args.when == "every_epoch":
         raise InputError(
             "sani.when: every_epoch would erase below adapters that have learned: set sani.repair to full, or "
             "sani.when to once"
