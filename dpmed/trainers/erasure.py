@@ -177,7 +177,8 @@ def _sums(model: nn.Module, batch: Batch, spec: TaskSpec, blocks: Mapping[int, F
         loss = F.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
         gradients = torch.autograd.grad(loss, list(kept.values()))
     products = zip(kept.items(), gradients, strict=True)
-    return {n: (a.detach() * g).abs().double().sum(dim=(0, 1)).cpu() for (n, a), g in products}
+    # Products in float32: of two bfloat16 numbers they are exact, and half of their digits would be lost otherwise.
+    return {n: (a.detach().float() * g.float()).abs().double().sum(dim=(0, 1)).cpu() for (n, a), g in products}
 
 
 @contextmanager
