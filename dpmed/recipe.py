@@ -151,8 +151,9 @@ class SaniSection:
     """Text file of confidential terms, one a line, that are the targets instead of identifiers."""
     surrogates: bool = False
     """Replace targets by surrogates of their type in what the repair reads, so that they are not even its context."""
-    repair: Literal["full", "lora"] = "full"
-    """Repair all weights, or train adapters (section lora) that are merged when the weights are saved."""
+    repair: Literal["full", "lora", "dp_lora"] = "full"
+    """Repair all weights, or train adapters (section lora) that are merged when the weights are saved. dp_lora trains
+    them by section privacy, which bounds what the repair adds and nothing else: the result is not private."""
     kl: float = 0.0
     """Weight of the divergence from the checkpoint, on tokens that are no target; 0 is none."""
 

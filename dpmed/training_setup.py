@@ -16,6 +16,7 @@ from dpmed.privacy.ledger import PrivacyLedger, ledger_path
 from dpmed.trainers import METHODS, DPLoRATrainingConfig
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 from dpmed.trainers.dp_lora import plan_for
+from dpmed.trainers.dp_sani import DPSANITrainer, DPSANITrainingConfig
 from dpmed.trainers.lora import lora_config
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def make_trainer(
         model.set_adapter(str(model.active_adapter))  # training goes on from it; a loaded adapter comes frozen
     else:
         model.requires_grad_(True)  # and so does the base that one was merged into
-    trainer, _ = METHODS[recipe.method]
+    trainer: Any = DPSANITrainer if _has_dp_repair(recipe) else METHODS[recipe.method][0]
     options: dict[str, Any] = {"spec": spec}
     if recipe.method == "sani" and recipe.sani.reset_to == "base" and not in_adapter:
         if recipe.model.base is None:
@@ -61,7 +62,7 @@ def make_trainer(
             target_modules=lora.target_modules,
             dropout=lora.dropout,
         )
-    if plan is not None:
+    if plan is not None and not _has_dp_repair(recipe):
         options["plan"] = plan
     return trainer(model, args, splits.train, None, tokenizer, **options)
 
@@ -72,10 +73,12 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
     Raises: InputError if `training.extra` names something that transformers.TrainingArguments does not have.
     """
     training, privacy = recipe.training, recipe.privacy
-    _, config = METHODS[recipe.method]
-    per_epoch = (
-        n_units / privacy.expected_batch_units if recipe.method == "dp_lora" else n_examples / training.batch_size
-    )
+    dp_repair = _has_dp_repair(recipe)
+    if dp_repair and recipe.data.unit is None:
+        raise InputError("sani.repair: dp_lora needs the patient column: set data.unit")
+    config = DPSANITrainingConfig if dp_repair else METHODS[recipe.method][1]
+    by_units = dp_repair or recipe.method == "dp_lora"
+    per_epoch = n_units / privacy.expected_batch_units if by_units else n_examples / training.batch_size
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "task": recipe.task,
@@ -98,6 +101,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
     sections = {"dp_lora": privacy, "sani": recipe.sani, "unlearn": recipe.unlearn}
     if recipe.method in sections:  # a section's keys are its config's fields
         values |= asdict(sections[recipe.method])
+    if dp_repair:
+        values |= asdict(privacy)
     clash = sorted(set(training.extra) & set(values))
     if clash:
         raise InputError(f"training.extra.{clash[0]} is set by the recipe's own keys; set it there")
@@ -108,6 +113,10 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
         raise InputError(f"training.extra.{unknown[0] if unknown else '?'} is no field of {config.__name__}") from None
     except ValueError as error:
         raise InputError(f"training: {error}".splitlines()[0]) from None
+
+
+def _has_dp_repair(recipe: Recipe) -> bool:
+    return recipe.method == "sani" and recipe.sani.repair == "dp_lora"
 
 
 def trainer_steps(trainer: DpmedTrainer) -> int:

@@ -70,7 +70,9 @@ class SANITrainingConfig(TrainingConfig):
     k: int = field(default=2, metadata={"help": "a word of fewer than k patients is an indirect identifier"})
     terms: str | None = field(default=None, metadata={"help": "file of terms that are targets instead of identifiers"})
     surrogates: bool = field(default=False, metadata={"help": "targets are replaced in the context of the repair too"})
-    repair: Literal["full", "lora"] = field(default="full", metadata={"help": "all weights, or adapters"})
+    repair: Literal["full", "lora", "dp_lora"] = field(
+        default="full", metadata={"help": "all weights, or adapters; dp_lora needs DPSANITrainer"}
+    )
     kl: float = field(default=0.0, metadata={"help": "weight of the divergence from the checkpoint"})
 
 
@@ -115,7 +117,7 @@ class SANITrainer(DpmedTrainer):
         _check(args, model, train_dataset)
         self.never_target = "direct" if args.terms else args.identifiers
         reference = copy.deepcopy(model) if args.kl else None  # before anything is erased
-        if args.repair == "lora":
+        if args.repair != "full":
             model = with_adapters(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, spec=spec, callbacks=callbacks)
         spans = (s for e in self.train_dataset.examples for s in e.spans)
@@ -264,11 +266,13 @@ def _check(args: SANITrainingConfig, model: nn.Module, records: Dataset | Encode
         "reset_to": ("init", "base", "zero"),
         "erase_in": ("weights", "adapter"),
         "when": ("once", "every_epoch"),
-        "repair": ("full", "lora"),
+        "repair": ("full", "lora", "dp_lora"),
     }
     for name, known in choices.items():
         if getattr(args, name) not in known:
             raise InputError(f"sani.{name} is {getattr(args, name)!r}; choose one of {', '.join(known)}")
+    if args.repair == "dp_lora" and not hasattr(args, "target_epsilon"):
+        raise InputError("sani.repair: dp_lora needs the settings of a private run: use DPSANITrainer and its config")
     if not 0 <= args.kl < float("inf"):
         raise InputError(f"sani.kl is {args.kl}; choose a number of 0 or more")
     if args.score_windows < 1:
@@ -279,7 +283,7 @@ def _check(args: SANITrainingConfig, model: nn.Module, records: Dataset | Encode
             raise InputError("sani.erase_in: adapter leaves the base as it is: set sani.repair to lora")
         if args.reset_to == "zero":
             raise InputError("sani.reset_to: zero would prune the base; an adapter's neurons are reset to the base's")
-    elif args.repair == "lora" and args.when == "every_epoch":
+    elif args.repair != "full" and args.when == "every_epoch":
         raise InputError(
             "sani.when: every_epoch would erase below adapters that have learned: set sani.repair to full, or "
             "sani.when to once"
