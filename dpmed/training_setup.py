@@ -48,9 +48,7 @@ def make_trainer(
     trainer: Any = DPSANITrainer if _has_dp_repair(recipe) else METHODS[recipe.method][0]
     options: dict[str, Any] = {"spec": spec}
     if recipe.method == "sani" and recipe.sani.reset_to == "base" and not in_adapter:
-        if recipe.model.base is None:
-            raise InputError("sani.reset_to: base needs the model before fine-tuning: set model.base")
-        options["base_model"] = load_model(recipe.model.base, spec, merge=True)
+        options["base_model"] = load_model(recipe.model.base or "", spec, merge=True)  # named: see `_check_sani`
     new_adapter = recipe.method == "sani" and recipe.sani.repair != "full" and not in_adapter
     if recipe.method in ("lora", "dp_lora") or new_adapter:
         lora = recipe.lora
@@ -70,12 +68,13 @@ def make_trainer(
 def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_units: int) -> TrainingConfig:
     """The method's config of a recipe.
 
-    Raises: InputError if `training.extra` names something that transformers.TrainingArguments does not have.
+    Raises: InputError if `training.extra` names something that transformers.TrainingArguments does not have, or options
+        of sani do not go together.
     """
     training, privacy = recipe.training, recipe.privacy
     dp_repair = _has_dp_repair(recipe)
-    if dp_repair and recipe.data.unit is None:
-        raise InputError("sani.repair: dp_lora needs the patient column: set data.unit")
+    if recipe.method == "sani":
+        _check_sani(recipe)
     config = DPSANITrainingConfig if dp_repair else METHODS[recipe.method][1]
     by_units = dp_repair or recipe.method == "dp_lora"
     per_epoch = n_units / privacy.expected_batch_units if by_units else n_examples / training.batch_size
@@ -113,6 +112,17 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
         raise InputError(f"training.extra.{unknown[0] if unknown else '?'} is no field of {config.__name__}") from None
     except ValueError as error:
         raise InputError(f"training: {error}".splitlines()[0]) from None
+
+
+def _check_sani(recipe: Recipe) -> None:
+    """Refuse what the recipe alone shows not to work, before a folder is made or a model loaded."""
+    sani = recipe.sani
+    if sani.repair == "dp_lora" and recipe.data.unit is None:
+        raise InputError("sani.repair: dp_lora needs the patient column: set data.unit")
+    if sani.erase_in == "adapter" and sani.repair == "full":
+        raise InputError("sani.erase_in: adapter leaves the base as it is: set sani.repair to lora")
+    if sani.reset_to == "base" and sani.erase_in == "weights" and recipe.model.base is None:
+        raise InputError("sani.reset_to: base needs the model before fine-tuning: set model.base")
 
 
 def _has_dp_repair(recipe: Recipe) -> bool:

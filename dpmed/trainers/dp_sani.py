@@ -39,7 +39,8 @@ TARGETS = (
 TERMS = "the list of confidential terms, which is treated as public"
 SCORES = "the choice of neurons: their scores read the records without noise"
 SURROGATES = "surrogates: none equals an identifier of the records, so one patient may change another's"
-_GUARANTEES = ("epsilon", "epsilon_pld", "epsilon_prv", "target_epsilon")
+_GUARANTEES = ("epsilon", "epsilon_pld", "epsilon_prv", "target_epsilon", "sampling_rate")
+"""What a reader could take for a claim on the model; an audit reads from a rate of 1 that all of it is Gaussian DP."""
 _DETAILS = ("epsilon_curve", "attack_bounds", "ledger", "prv_note")
 
 

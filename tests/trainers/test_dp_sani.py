@@ -165,6 +165,7 @@ def test_the_certificate_says_what_epsilon_does_not_cover(
     outside = {key: value for key, value in found.items() if key != "repair"}
     assert repair["epsilon"] in numbers(repair) and repair["epsilon"] not in numbers(outside)
     assert not {"attack_bounds", "epsilon_curve"} & outside.keys()
+    assert found["sampling_rate"] is None and found["repair"]["sampling_rate"] == 1.0
     assert any("not private" in warning for warning in Certificate("x", found).warnings)
 
 
@@ -237,14 +238,6 @@ def test_a_run_that_is_killed_goes_on_and_its_point_has_no_epsilon(
     cli_show.run({"output_dir": str(folder)})  # pyright: ignore[reportArgumentType]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("privacy:")]
     assert "only the steps of the repair" in line and "epsilon" not in line
-
-
-def test_a_recipe_without_patients_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:
-    recipe = recipe_of(world)
-    recipe.data.unit = None
-    with pytest.raises(InputError, match=r"set data\.unit"):
-        pipeline.train(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_repair_is_charged_to_the_ledger(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -416,17 +416,17 @@ def test_a_neuron_that_writes_the_targets_alone_has_the_highest_score(by: Select
 
 def test_scores_of_a_bfloat16_model_lose_no_digits_of_their_products() -> None:
     """Activations and gradients are rounded by the model; their products and sums are not rounded again."""
-    model: Any = tiny_models.make_model("gpt2", n_layer=1).to(torch.bfloat16)
+    model: Any = tiny_models.make_model("gpt2", n_layer=1)
+    model = model.to(dtype=torch.bfloat16)
     spec = TaskSpec(kind="causal_lm", max_length=64)
     found = neuron_scores(model, batches(spec), spec, layers=1, by="gradient")[0]
+    kept: list[Tensor] = []
     sides = []
     for side in zip(*batches(spec), strict=True):
         total = torch.zeros(128, dtype=torch.float64)
         for batch in side:
-            kept: list[Tensor] = []
-            hook = feed_forwards(model)[0].down.register_forward_pre_hook(
-                lambda _, args, kept=kept: kept.append(args[0])
-            )
+            kept.clear()
+            hook = feed_forwards(model)[0].down.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
             hook.remove()
             counted = batch["weights"][:, 1:] > 0

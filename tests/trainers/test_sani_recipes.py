@@ -155,7 +155,18 @@ def test_a_whole_model_has_no_adapter_to_erase(world: World, checkpoints: dict[s
     assert "\n" not in str(caught.value)
 
 
-def test_reset_to_base_needs_a_base(world: World, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    recipe = recipe_of("base", world, checkpoints, model={"path": str(checkpoints["full"]), "base": None})
-    with pytest.raises(InputError, match=r"set model\.base"):
-        pipeline.train(recipe, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"base": None}, "sani": {"reset_to": "base"}}, r"set model\.base"),
+        ({"sani": {"erase_in": "adapter"}}, "set sani.repair to lora"),
+        ({"sani": {"repair": "dp_lora"}, "data": {"unit": None}}, r"set data\.unit"),
+    ],
+    ids=str,
+)
+def test_what_the_recipe_shows_not_to_work_is_refused_before_anything_is_written(
+    changes: dict[str, Any], words: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=words):
+        pipeline.train(world.recipe("sani", **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
