@@ -36,7 +36,10 @@ def run(result: Result) -> None:
     print(f"run folder: {folder}")
     if (folder / "privacy.json").is_file():
         spent = read_json(folder / "privacy.json")
-        print(f"privacy: epsilon {_number(spent.get('epsilon'))} at delta {_number(spent.get('delta'))} per unit")
+        if spent.get("private") is False:
+            print(f"privacy: none; {spent.get('why')}")
+        else:
+            print(f"privacy: epsilon {_number(spent.get('epsilon'))} at delta {_number(spent.get('delta'))} per unit")
         if (everything := (spent.get("ledger") or {}).get("epsilon_of_all_runs")) is not None:
             print(f"all runs on these units: epsilon {_number(everything)}; see 'dpmed ledger show'")
         if spent.get("n_steps_lost"):

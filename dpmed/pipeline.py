@@ -111,7 +111,8 @@ def train(
 
 def weights_folder(recipe: Recipe, output_dir: Path) -> Path:
     """Where a run's weights end up."""
-    return output_dir / ("adapter" if recipe.method in ("lora", "dp_lora") else "model")
+    in_adapter = recipe.method == "sani" and recipe.sani.erase_in == "adapter"
+    return output_dir / ("adapter" if in_adapter or recipe.method in ("lora", "dp_lora") else "model")
 
 
 def _follow(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def _fit(
     (output_dir / "metrics.jsonl").touch(mode=0o600)
     trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl"))
     with progress(f"train {record['name']}", trainer_steps(trainer)) as bar:
-        trainer.add_callback(_ShowSteps(bar, plan))
+        trainer.add_callback(_ShowSteps(bar, plan if recipe.method == "dp_lora" else None))  # a repair has no epsilon
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     record |= {
         "seconds": record["seconds"] + time.monotonic() - started,

@@ -138,6 +138,9 @@ class SaniSection:
     """gradient and activation: at most so many windows with a target are drawn to score neurons."""
     reset_to: Literal["init", "base", "zero"] = "init"
     """What they are reset to: a fresh initialisation, the weights of model.base, or zero, which prunes them."""
+    erase_in: Literal["weights", "adapter"] = "weights"
+    """weights: an adapter is merged, then its model erased. adapter: what an adapter adds to the neurons is taken away,
+    its base stays, repair lora trains it on, and an adapter is saved."""
     when: Literal["once", "every_epoch"] = "once"
     """Erase once, or again before every epoch."""
     identifiers: Literal["direct", "indirect", "all"] = "all"
@@ -146,8 +149,11 @@ class SaniSection:
     """A word in the records of fewer than k patients is an indirect identifier."""
     terms: str | None = None
     """Text file of confidential terms, one a line, that are the targets instead of identifiers."""
-    repair: Literal["full", "lora"] = "full"
-    """Repair all weights, or train adapters (section lora) that are merged when the weights are saved."""
+    surrogates: bool = False
+    """Replace targets by surrogates of their type in what the repair reads, so that they are not even its context."""
+    repair: Literal["full", "lora", "dp_lora"] = "full"
+    """Repair all weights, or train adapters (section lora) that are merged when the weights are saved. dp_lora trains
+    them by section privacy, which bounds what the repair adds and nothing else: the result is not private."""
     kl: float = 0.0
     """Weight of the divergence from the checkpoint, on tokens that are no target; 0 is none."""
 

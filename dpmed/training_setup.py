@@ -16,6 +16,7 @@ from dpmed.privacy.ledger import PrivacyLedger, ledger_path
 from dpmed.trainers import METHODS, DPLoRATrainingConfig
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 from dpmed.trainers.dp_lora import plan_for
+from dpmed.trainers.dp_sani import DPSANITrainer, DPSANITrainingConfig
 from dpmed.trainers.lora import lora_config
 
 if TYPE_CHECKING:
@@ -37,20 +38,19 @@ def make_trainer(
 ) -> DpmedTrainer:
     """The trainer of a recipe, with its model loaded."""
     torch.manual_seed(recipe.training.seed)  # heads and adapters that are made fresh follow the run's seed
-    model = load_model(
-        recipe.model.path, spec, revision=recipe.model.revision, merge=recipe.method in ("full", "sani", "unlearn")
-    )
+    in_adapter = recipe.method == "sani" and recipe.sani.erase_in == "adapter"
+    merge = recipe.method in ("full", "sani", "unlearn") and not in_adapter
+    model = load_model(recipe.model.path, spec, revision=recipe.model.revision, merge=merge)
     if isinstance(model, PeftModel):
         model.set_adapter(str(model.active_adapter))  # training goes on from it; a loaded adapter comes frozen
     else:
         model.requires_grad_(True)  # and so does the base that one was merged into
-    trainer, _ = METHODS[recipe.method]
+    trainer: Any = DPSANITrainer if _has_dp_repair(recipe) else METHODS[recipe.method][0]
     options: dict[str, Any] = {"spec": spec}
-    if recipe.method == "sani" and recipe.sani.reset_to == "base":
-        if recipe.model.base is None:
-            raise InputError("sani.reset_to: base needs the model before fine-tuning: set model.base")
-        options["base_model"] = load_model(recipe.model.base, spec, merge=True)
-    if recipe.method in ("lora", "dp_lora") or (recipe.method == "sani" and recipe.sani.repair == "lora"):
+    if recipe.method == "sani" and recipe.sani.reset_to == "base" and not in_adapter:
+        options["base_model"] = load_model(recipe.model.base or "", spec, merge=True)  # named: see `_check_sani`
+    new_adapter = recipe.method == "sani" and recipe.sani.repair != "full" and not in_adapter
+    if recipe.method in ("lora", "dp_lora") or new_adapter:
         lora = recipe.lora
         options["peft_config"] = lora_config(
             model,
@@ -60,7 +60,7 @@ def make_trainer(
             target_modules=lora.target_modules,
             dropout=lora.dropout,
         )
-    if plan is not None:
+    if plan is not None and not _has_dp_repair(recipe):
         options["plan"] = plan
     return trainer(model, args, splits.train, None, tokenizer, **options)
 
@@ -68,13 +68,16 @@ def make_trainer(
 def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_units: int) -> TrainingConfig:
     """The method's config of a recipe.
 
-    Raises: InputError if `training.extra` names something that transformers.TrainingArguments does not have.
+    Raises: InputError if `training.extra` names something that transformers.TrainingArguments does not have, or options
+        of sani do not go together.
     """
     training, privacy = recipe.training, recipe.privacy
-    _, config = METHODS[recipe.method]
-    per_epoch = (
-        n_units / privacy.expected_batch_units if recipe.method == "dp_lora" else n_examples / training.batch_size
-    )
+    dp_repair = _has_dp_repair(recipe)
+    if recipe.method == "sani":
+        _check_sani(recipe)
+    config = DPSANITrainingConfig if dp_repair else METHODS[recipe.method][1]
+    by_units = dp_repair or recipe.method == "dp_lora"
+    per_epoch = n_units / privacy.expected_batch_units if by_units else n_examples / training.batch_size
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "task": recipe.task,
@@ -97,6 +100,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
     sections = {"dp_lora": privacy, "sani": recipe.sani, "unlearn": recipe.unlearn}
     if recipe.method in sections:  # a section's keys are its config's fields
         values |= asdict(sections[recipe.method])
+    if dp_repair:
+        values |= asdict(privacy)
     clash = sorted(set(training.extra) & set(values))
     if clash:
         raise InputError(f"training.extra.{clash[0]} is set by the recipe's own keys; set it there")
@@ -107,6 +112,21 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, n_examples: int, n_u
         raise InputError(f"training.extra.{unknown[0] if unknown else '?'} is no field of {config.__name__}") from None
     except ValueError as error:
         raise InputError(f"training: {error}".splitlines()[0]) from None
+
+
+def _check_sani(recipe: Recipe) -> None:
+    """Refuse what the recipe alone shows not to work, before a folder is made or a model loaded."""
+    sani = recipe.sani
+    if sani.repair == "dp_lora" and recipe.data.unit is None:
+        raise InputError("sani.repair: dp_lora needs the patient column: set data.unit")
+    if sani.erase_in == "adapter" and sani.repair == "full":
+        raise InputError("sani.erase_in: adapter leaves the base as it is: set sani.repair to lora")
+    if sani.reset_to == "base" and sani.erase_in == "weights" and recipe.model.base is None:
+        raise InputError("sani.reset_to: base needs the model before fine-tuning: set model.base")
+
+
+def _has_dp_repair(recipe: Recipe) -> bool:
+    return recipe.method == "sani" and recipe.sani.repair == "dp_lora"
 
 
 def trainer_steps(trainer: DpmedTrainer) -> int:

@@ -1,6 +1,7 @@
 """The methods, one file each: configuration and trainer, to be read from top to bottom."""
 
 from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig
+from dpmed.trainers.dp_sani import DPSANITrainer, DPSANITrainingConfig
 from dpmed.trainers.full import FullTrainer, FullTrainingConfig
 from dpmed.trainers.lora import LoRATrainer, LoRATrainingConfig
 from dpmed.trainers.sani import SANITrainer, SANITrainingConfig
@@ -18,6 +19,8 @@ __all__ = [
     "METHODS",
     "DPLoRATrainer",
     "DPLoRATrainingConfig",
+    "DPSANITrainer",
+    "DPSANITrainingConfig",
     "FullTrainer",
     "FullTrainingConfig",
     "LoRATrainer",

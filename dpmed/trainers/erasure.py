@@ -177,7 +177,8 @@ def _sums(model: nn.Module, batch: Batch, spec: TaskSpec, blocks: Mapping[int, F
         loss = F.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
         gradients = torch.autograd.grad(loss, list(kept.values()))
     products = zip(kept.items(), gradients, strict=True)
-    return {n: (a.detach() * g).abs().double().sum(dim=(0, 1)).cpu() for (n, a), g in products}
+    # Products in float32: of two bfloat16 numbers they are exact, and half of their digits would be lost otherwise.
+    return {n: (a.detach().float() * g.float()).abs().double().sum(dim=(0, 1)).cpu() for (n, a), g in products}
 
 
 @contextmanager
@@ -282,14 +283,19 @@ def erase_neurons(
     erased: dict[int, int] = {}
     for number in numbers:
         block, width = blocks[number], blocks[number].width
-        if scores is None:
-            order = torch.randperm(width, generator=generator)
-        else:
-            order = scores[number].argsort(descending=True, stable=True)
-        chosen = order[: math.floor(fraction * width)]
+        chosen = chosen_neurons(width, fraction, generator, None if scores is None else scores[number])
         _reset(block, chosen, reset_to, bases[number], generator)
         erased[number] = len(chosen)
     return erased
+
+
+def chosen_neurons(width: int, fraction: float, generator: torch.Generator, scores: Tensor | None) -> Tensor:
+    """The neurons of one block that are reset: those of the highest scores, or random ones without scores."""
+    if scores is None:
+        order = torch.randperm(width, generator=generator)
+    else:
+        order = scores.argsort(descending=True, stable=True)
+    return order[: math.floor(fraction * width)]
 
 
 def _base_blocks(base: nn.Module | None, blocks: list[FeedForward]) -> list[FeedForward]:

@@ -1,9 +1,9 @@
 """SANI: sanitise a checkpoint that is already trained. Erase neurons, then repair without ever learning an identifier.
 
 1. erase: a share of the feed-forward neurons of some blocks is reset (see `erasure`), when the trainer is made, or
-   also before every further epoch;
+   also before every further epoch; or what a LoRA checkpoint adds to them (see `adapter_erasure`);
 2. repair: fine-tune for one or two epochs with a loss in which no target token ever counts (causal), or with a mask
-   that never falls on one (masked LM). Targets stay visible as context.
+   that never falls on one (masked LM). Targets stay visible as context, or surrogates stand in their place.
 
 From the paper (arXiv 2510.21322): the two phases, their aim, and that targets are identifiers or a list of confidential
 terms. Second-hand (its public reviews): half of the neurons of the last layer, at random, one to two epochs. Ours: all
@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +29,10 @@ from dpmed.data.batches import Batch, language_targets, mean_by_record, per_reco
 from dpmed.data.identifiers import Span, tag_identifiers, with_spans
 from dpmed.data.matching import KnownValues
 from dpmed.data.sources import read_texts
-from dpmed.data.tasks import EncodedRecords, Targets, TaskSpec, covers
+from dpmed.data.surrogates import with_surrogates
+from dpmed.data.tasks import EncodedRecords, Example, Targets, TaskSpec, covers, encode
 from dpmed.errors import InputError
+from dpmed.trainers.adapter_erasure import erase_adapter_neurons, feed_forward_factors
 from dpmed.trainers.base import DpmedTrainer, TrainingConfig
 from dpmed.trainers.erasure import (
     LAYOUTS,
@@ -59,11 +62,17 @@ class SANITrainingConfig(TrainingConfig):
     select: Select = field(default="random", metadata={"help": "random, gradient or activation"})
     score_windows: int = field(default=256, metadata={"help": "windows by which neurons are scored"})
     reset_to: ResetTo = field(default="init", metadata={"help": "init, base or zero"})
+    erase_in: Literal["weights", "adapter"] = field(
+        default="weights", metadata={"help": "the model's weights, or the factors of a checkpoint that is an adapter"}
+    )
     when: Literal["once", "every_epoch"] = field(default="once", metadata={"help": "once or every_epoch"})
     identifiers: Targets = field(default="all", metadata={"help": "direct, indirect or all are never a target"})
     k: int = field(default=2, metadata={"help": "a word of fewer than k patients is an indirect identifier"})
     terms: str | None = field(default=None, metadata={"help": "file of terms that are targets instead of identifiers"})
-    repair: Literal["full", "lora"] = field(default="full", metadata={"help": "all weights, or adapters"})
+    surrogates: bool = field(default=False, metadata={"help": "targets are replaced in the context of the repair too"})
+    repair: Literal["full", "lora", "dp_lora"] = field(
+        default="full", metadata={"help": "all weights, or adapters; dp_lora needs DPSANITrainer"}
+    )
     kl: float = field(default=0.0, metadata={"help": "weight of the divergence from the checkpoint"})
 
 
@@ -71,10 +80,12 @@ class SANITrainer(DpmedTrainer):
     """Erases when it is made, then repairs.
 
     Args:
-        model: the checkpoint to sanitise; an adapter must be merged first (`load_model(..., merge=True)`).
+        model: the checkpoint to sanitise; an adapter must be merged first (`load_model(..., merge=True)`), or with
+            `erase_in` adapter a PEFT model whose adapter is trainable.
         train_dataset: the records that the checkpoint was trained on, with `identifiers` where they are known.
         base_model: the model before fine-tuning, for `reset_to` base.
-        peft_config: adapters that learn the repair, for `repair` lora. `save_weights` merges them.
+        peft_config: adapters that learn the repair, for `repair` lora. `save_weights` merges them, but where `erase_in`
+            is adapter: then the checkpoint's own adapter learns the repair, and is saved as one.
         The others: see `DpmedTrainer`.
 
     Attributes:
@@ -106,7 +117,7 @@ class SANITrainer(DpmedTrainer):
         _check(args, model, train_dataset)
         self.never_target = "direct" if args.terms else args.identifiers
         reference = copy.deepcopy(model) if args.kl else None  # before anything is erased
-        if args.repair == "lora":
+        if args.repair != "full":
             model = with_adapters(model, peft_config)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, spec=spec, callbacks=callbacks)
         spans = (s for e in self.train_dataset.examples for s in e.spans)
@@ -122,10 +133,23 @@ class SANITrainer(DpmedTrainer):
             self.add_callback(_EraseEachEpoch(self, base_model))
 
     def prepare_records(self, records: Dataset, args: SANITrainingConfig) -> Dataset:
-        """Finds the terms; or extends the known identifiers over the text, and adds the rare words."""
+        """Finds the terms; or extends the known identifiers over the text, and adds the rare words. With `surrogates`,
+        what the repair reads holds none of them any more."""
         if args.terms:
-            return with_terms(records, args.terms)
-        return tag_identifiers(records, k=args.k, indirect=args.identifiers != "direct")
+            found = with_terms(records, args.terms)
+        else:
+            found = tag_identifiers(records, k=args.k, indirect=args.identifiers != "direct")
+        if not args.surrogates:
+            return found
+        self._unchanged = found
+        return with_surrogates(found, self.never_target or "all", seed=args.seed)
+
+    @cached_property
+    def checkpoint_examples(self) -> Sequence[Example]:
+        """Windows of the records as the checkpoint learned them: with the real targets, for scores of neurons."""
+        if not self.args.surrogates:
+            return self.train_dataset.examples
+        return encode(self._unchanged, self.processing_class, self.spec).examples
 
     def erase(self, *, epoch: int, base: nn.Module | None = None) -> dict[int, int]:
         """Choose and reset neurons; which ones follows from seed, epoch, records and weights.
@@ -137,7 +161,7 @@ class SANITrainer(DpmedTrainer):
         scores = None
         if args.select != "random" and args.erase_fraction > 0:
             batches = score_batches(
-                self.train_dataset.examples,
+                self.checkpoint_examples,
                 self.processing_class,
                 self.spec,
                 which=self.never_target or "all",
@@ -146,15 +170,11 @@ class SANITrainer(DpmedTrainer):
                 generator=generator,
             )
             scores = neuron_scores(self.model, batches, self.spec, layers=args.erase_layers, by=args.select)
-        return erase_neurons(
-            self.model,
-            fraction=args.erase_fraction,
-            layers=args.erase_layers,
-            generator=generator,
-            scores=scores,
-            reset_to=args.reset_to,
-            base=base,
-        )
+        common: dict[str, Any] = {"fraction": args.erase_fraction, "layers": args.erase_layers}
+        common |= {"generator": generator, "scores": scores}
+        if args.erase_in == "adapter":
+            return erase_adapter_neurons(self.model, **common)
+        return erase_neurons(self.model, **common, reset_to=args.reset_to, base=base)
 
     def record_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Loss of each example [b]; in training, and with `kl`, the divergence from the checkpoint is added."""
@@ -168,9 +188,10 @@ class SANITrainer(DpmedTrainer):
         return per_record_loss(logits, batch, self.spec) + self.args.kl * far
 
     def save_weights(self, folder: str | Path) -> Path:
-        """As the base class does; adapters of a LoRA repair are merged, since they belong to the erased model alone."""
+        """As the base class does; adapters of a LoRA repair are merged, since they belong to the erased model alone.
+        A checkpoint that was erased in its adapter is saved as an adapter, since its base is as it was."""
         repaired = self.model
-        if not isinstance(repaired, PeftModel):
+        if not isinstance(repaired, PeftModel) or self.args.erase_in == "adapter":
             return super().save_weights(folder)
         try:
             self.model = copy.deepcopy(repaired).merge_and_unload()  # pyright: ignore[reportCallIssue]
@@ -243,21 +264,32 @@ def _check(args: SANITrainingConfig, model: nn.Module, records: Dataset | Encode
     choices = {
         "select": ("random", "gradient", "activation"),
         "reset_to": ("init", "base", "zero"),
+        "erase_in": ("weights", "adapter"),
         "when": ("once", "every_epoch"),
-        "repair": ("full", "lora"),
+        "repair": ("full", "lora", "dp_lora"),
     }
     for name, known in choices.items():
         if getattr(args, name) not in known:
             raise InputError(f"sani.{name} is {getattr(args, name)!r}; choose one of {', '.join(known)}")
+    if args.repair == "dp_lora" and not hasattr(args, "target_epsilon"):
+        raise InputError("sani.repair: dp_lora needs the settings of a private run: use DPSANITrainer and its config")
     if not 0 <= args.kl < float("inf"):
         raise InputError(f"sani.kl is {args.kl}; choose a number of 0 or more")
     if args.score_windows < 1:
         raise InputError(f"sani.score_windows is {args.score_windows}; choose a whole number of at least 1")
-    if args.repair == "lora" and args.when == "every_epoch":
+    if args.erase_in == "adapter":
+        feed_forward_factors(model, args.erase_layers)
+        if args.repair == "full":
+            raise InputError("sani.erase_in: adapter leaves the base as it is: set sani.repair to lora")
+        if args.reset_to == "zero":
+            raise InputError("sani.reset_to: zero would prune the base; an adapter's neurons are reset to the base's")
+    elif args.repair != "full" and args.when == "every_epoch":
         raise InputError(
             "sani.when: every_epoch would erase below adapters that have learned: set sani.repair to full, or "
             "sani.when to once"
         )
     if args.terms and isinstance(records, EncodedRecords):
         raise InputError("sani.terms are looked for in text: pass records that are not encoded yet")
+    if args.surrogates and isinstance(records, EncodedRecords):
+        raise InputError("sani.surrogates are put into text: pass records that are not encoded yet")
     chosen_blocks(args.erase_layers, len(feed_forwards(model)))

@@ -414,6 +414,30 @@ def test_a_neuron_that_writes_the_targets_alone_has_the_highest_score(by: Select
     assert int(scores.argmax()) == 5
 
 
+def test_scores_of_a_bfloat16_model_lose_no_digits_of_their_products() -> None:
+    """Activations and gradients are rounded by the model; their products and sums are not rounded again."""
+    model: Any = tiny_models.make_model("gpt2", n_layer=1)
+    model = model.to(dtype=torch.bfloat16)
+    spec = TaskSpec(kind="causal_lm", max_length=64)
+    found = neuron_scores(model, batches(spec), spec, layers=1, by="gradient")[0]
+    kept: list[Tensor] = []
+    sides = []
+    for side in zip(*batches(spec), strict=True):
+        total = torch.zeros(128, dtype=torch.float64)
+        for batch in side:
+            kept.clear()
+            hook = feed_forwards(model)[0].down.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+            hook.remove()
+            counted = batch["weights"][:, 1:] > 0
+            loss = torch.nn.functional.cross_entropy(logits[counted], batch["targets"][:, 1:][counted], reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, kept)
+            total += (kept[0].detach().double() * gradient.double()).abs().sum(dim=(0, 1))
+        sides.append(total / total.sum())
+    assert gradient.dtype is torch.bfloat16
+    assert torch.allclose(found, sides[0] - sides[1], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("by", BYS)
 def test_records_without_a_target_to_predict_are_refused(by: Select) -> None:
     spec = TaskSpec(kind="causal_lm", max_length=64)
