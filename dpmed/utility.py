@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,16 @@ from dpmed.data.batches import pad_token_id
 from dpmed.data.tasks import EncodedRecords, TaskSpec, encode, label_option_ids
 from dpmed.errors import InputError
 from dpmed.memorization.intervals import Measure, percentile_interval, rate_by_unit, wilson
-from dpmed.memorization.scoring import Progress, evaluating, length_batches, score_classification
+from dpmed.memorization.scoring import (
+    NOT_FINITE,
+    PartWriter,
+    Progress,
+    evaluating,
+    length_batches,
+    score_classification,
+)
+from dpmed.memorization.statistics import ScoreParts, scores_fingerprint, weights_fingerprint
+from dpmed.memorization.vocabulary import Columns, Sampling
 from dpmed.metrics import AVERAGES, f1_from_counts, f1_values, resampled_auroc_macro, resampled_f1
 
 if TYPE_CHECKING:
@@ -47,6 +57,14 @@ class _Pass:
     """(index into offsets, token, label)."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Reads(Columns):
+    """What all passes over all records read."""
+
+    log_prob: np.ndarray
+    """Of each read token, in nats, float64; NaN before its pass."""
+
+
 def label_scores(
     model: nn.Module,
     encoded: EncodedRecords,
@@ -54,6 +72,8 @@ def label_scores(
     spec: TaskSpec,
     *,
     batch_tokens: int,
+    folder: Path | None = None,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Log-probability of each label after text and prompt, for a causal LM.
@@ -67,6 +87,8 @@ def label_scores(
         tokenizer: of the model.
         spec: task causal_lm with labels.
         batch_tokens: padded tokens per forward pass, at least one sequence.
+        folder: private folder for finished batches, which a pass that was killed goes on from; None keeps nothing.
+        weights: the model's `weights_fingerprint`, where it was taken already.
         progress: called with (sequences done, all sequences).
 
     Returns: [n, l], float64, in nats, in the order of `spec.labels`.
@@ -76,20 +98,33 @@ def label_scores(
     passes = _passes(_scored_options(tokenizer, spec))
     items = [(e.record, e.input_ids[: e.text_end] + prompt, p) for e in encoded for p in passes]
     lengths = [len(prompted) + len(p.start) for _, prompted, p in items]
-    scores = np.zeros((encoded.n_records, len(spec.labels)))
+    edges = np.cumsum([0, *(len(p.reads) for _, _, p in items)])
+    kept = _Reads(np.full(edges[-1], np.nan))
+    parts = None
+    if folder is not None:
+        weights = weights or weights_fingerprint(model)
+        parts = ScoreParts(folder, "labels", scores_fingerprint(weights, encoded, spec, Sampling()))
+    writer = PartWriter(parts, batch_tokens)
+    finished = writer.restore(kept)
     device = next(model.parameters()).device
     done = 0
     with evaluating(model):
-        for batch in length_batches(lengths, batch_tokens):
-            chosen = [items[i] for i in batch]
-            read = _next_token_log_probs(model, [(ids, p) for _, ids, p in chosen], pad_token_id(tokenizer), device)
-            for (record, _, p), values in zip(chosen, read, strict=True):
-                np.add.at(scores[record], [label for _, _, label in p.reads], values)
+        for number, batch in enumerate(length_batches(lengths, batch_tokens)):
+            if number not in finished:
+                chosen = [items[i][1:] for i in batch]
+                read = np.concatenate(_next_token_log_probs(model, chosen, pad_token_id(tokenizer), device))
+                if not np.isfinite(read).all():
+                    raise InputError(NOT_FINITE)
+                at = np.concatenate([np.arange(edges[i], edges[i + 1]) for i in batch])
+                kept.put(at, _Reads(read))
+                writer.add(number, at, kept)
             done += len(batch)
             if progress is not None:
                 progress(done, len(items))
-    if not np.isfinite(scores).all():
-        raise InputError("the model's output is not finite: its weights hold NaN or infinity; train it again")
+        writer.write(kept)
+    scores = np.zeros((encoded.n_records, len(spec.labels)))
+    for (record, _, p), read in zip(items, np.split(kept.log_prob, edges[1:-1]), strict=True):
+        np.add.at(scores[record], [label for _, _, label in p.reads], read)
     windows = np.bincount([e.record for e in encoded], minlength=encoded.n_records)
     return scores / windows[:, None]
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from dpmed.data.output_layer import input_of, output_layer
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
 from dpmed.errors import InputError
 from dpmed.memorization.statistics import ScoreParts, TokenScores, scores_fingerprint, text_starts, weights_fingerprint
-from dpmed.memorization.vocabulary import Sampling, TokenStatistics, token_statistics
+from dpmed.memorization.vocabulary import Columns, Sampling, TokenStatistics, token_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +97,7 @@ def score_records(
     with evaluating(model):
         states_of = _StatesOf(model, where, causal=spec.kind == "causal_lm")
         budget = states_of.affordable(batch_tokens)
-        writer = _PartWriter(parts, budget)
+        writer = PartWriter(parts, budget)
         finished = writer.restore(kept)
         done = 0
         for number, chosen in enumerate(length_batches([len(encoded[p.example].input_ids) for p in passes], budget)):
@@ -128,7 +129,7 @@ def kept_scores(
     encoded: EncodedRecords,
     spec: TaskSpec,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    folder: Path | None,
     name: str,
     *,
     sampling: Sampling | None = None,
@@ -140,28 +141,29 @@ def kept_scores(
     """`score_records`, or what an earlier call kept in `folder` of the same weights, token ids, task and sampling.
 
     Args:
-        folder: private; made with mode 0700 and files with 0600. Holds no text.
+        folder: private; made with mode 0700 and files with 0600. Holds no text. None keeps nothing.
         name: first words of the files' names.
         weights: the model's `weights_fingerprint`, where it was taken already.
 
     Raises: as `score_records`; InputError if a kept file is damaged.
     """
-    fingerprint = scores_fingerprint(weights or weights_fingerprint(model), encoded, spec, sampling or Sampling())
-    path = folder / f"{name}-{fingerprint[:16]}.safetensors"
-    if path.is_file():
-        return TokenScores.load(path, fingerprint)
-    parts = ScoreParts(folder, name, fingerprint)
-    scores = score_records(
-        model,
-        encoded,
-        spec,
-        tokenizer,
+    score = partial(
+        score_records,
+        *(model, encoded, spec, tokenizer),
         sampling=sampling,
         batch_tokens=batch_tokens,
-        parts=parts,
         progress=progress,
         device=device,
     )
+    if folder is None:
+        return score()
+    fingerprint = scores_fingerprint(weights or weights_fingerprint(model), encoded, spec, sampling or Sampling())
+    path = folder / f"{name}-{fingerprint[:16]}.safetensors"
+    parts = ScoreParts(folder, name, fingerprint)
+    if path.is_file():
+        parts.remove()  # of a pass that was killed between the two last lines below
+        return TokenScores.load(path, fingerprint)
+    scores = score(parts=parts)
     scores.save(path, fingerprint)
     parts.remove()
     return scores
@@ -293,8 +295,13 @@ def mask_groups(example: Example) -> np.ndarray:
     return np.unique(group, return_inverse=True)[1]
 
 
-class _PartWriter:
-    """Collects finished batches and writes a part every `PART_SECONDS`; without parts it does nothing."""
+class PartWriter:
+    """Collects finished batches and writes a part every `PART_SECONDS`; without parts it does nothing.
+
+    Args:
+        parts: where.
+        budget: padded tokens per batch, which a batch's number depends on.
+    """
 
     def __init__(self, parts: ScoreParts | None, budget: int) -> None:
         self.parts = parts and replace(parts, batch_tokens=budget)
@@ -302,11 +309,11 @@ class _PartWriter:
         self.at: list[np.ndarray] = []
         self.since = time.monotonic()
 
-    def restore(self, kept: TokenStatistics) -> set[int]:
-        """Numbers of the batches that are done already; their tokens are filled in."""
+    def restore(self, kept: Columns) -> set[int]:
+        """Numbers of the batches that are done already; their entries are filled in."""
         return set() if self.parts is None else self.parts.restore(kept)
 
-    def add(self, number: int, at: np.ndarray, kept: TokenStatistics) -> None:
+    def add(self, number: int, at: np.ndarray, kept: Columns) -> None:
         if self.parts is None:
             return
         self.batches.append(number)
@@ -314,7 +321,7 @@ class _PartWriter:
         if time.monotonic() - self.since >= PART_SECONDS:
             self.write(kept)
 
-    def write(self, kept: TokenStatistics) -> None:
+    def write(self, kept: Columns) -> None:
         """Write what was collected."""
         if self.parts is not None and self.batches:
             at = np.concatenate(self.at)

@@ -21,7 +21,7 @@ from torch import nn
 
 from dpmed.data.tasks import EncodedRecords, TaskSpec
 from dpmed.errors import InputError
-from dpmed.memorization.vocabulary import Sampling, TokenStatistics
+from dpmed.memorization.vocabulary import Columns, Sampling, TokenStatistics
 from dpmed.runs import write_private
 
 _VERSION = "2"  # of the file and of what its numbers mean
@@ -107,7 +107,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class ScoreParts:
-    """The finished batches of one forward pass, in files that a restarted pass begins with.
+    """The finished batches of one pass of a model, in files that a restarted pass begins with.
 
     A part is written at once or not at all. Parts of another pass (weights, records, settings, size of the batches)
     are told by their fingerprint and left alone; one that another process just removed counts as not there.
@@ -121,13 +121,14 @@ class ScoreParts:
     batch_tokens: int = 0
     """Padded tokens per batch: a batch's number means nothing where batches are cut otherwise."""
 
-    def save(self, batches: list[int], at: np.ndarray, found: TokenStatistics) -> None:
-        """Keep the tokens `at` [n], which are those of the numbered batches."""
-        arrays = {"batches": np.array(batches, np.int64), "at": at} | {n: getattr(found, n) for n in _STATISTICS}
+    def save(self, batches: list[int], at: np.ndarray, found: Columns) -> None:
+        """Keep the entries `at` [n], for a language model's pass its tokens: those of the numbered batches."""
+        arrays = {"batches": np.array(batches, np.int64), "at": at}
+        arrays |= {field.name: getattr(found, field.name) for field in fields(found)}
         path = self.folder / f"{self._stem()}{batches[0]:07d}-{batches[-1]:07d}.safetensors"
         write_private(path, save(arrays, {"version": _VERSION, "fingerprint": self.fingerprint}))
 
-    def restore(self, into: TokenStatistics) -> set[int]:
+    def restore(self, into: Columns) -> set[int]:
         """Fill in what earlier passes finished, and say which batches those are.
 
         Raises: InputError if a part is damaged.
@@ -140,7 +141,7 @@ class ScoreParts:
                 continue
             finished.update(arrays.pop("batches").tolist())
             at = arrays.pop("at")
-            into.put(at, TokenStatistics(**arrays))
+            into.put(at, type(into)(**arrays))
         return finished
 
     def remove(self) -> None:
