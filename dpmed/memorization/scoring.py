@@ -48,8 +48,8 @@ class _Pass:
     """One run of one window through the model."""
 
     example: int
-    scored: np.ndarray
-    """Positions in the window whose tokens this pass scores."""
+    scored: range | np.ndarray
+    """Positions in the window whose tokens this pass scores, int32 where it is no range."""
 
 
 def score_records(
@@ -107,12 +107,13 @@ def score_records(
                 examples = [encoded[p.example] for p in batch]
                 input_ids, attention = pad(examples, pad_token_id(tokenizer))
                 rows = np.repeat(np.arange(len(batch)), [len(p.scored) for p in batch])
-                columns = np.concatenate([p.scored for p in batch])
+                columns = np.concatenate([np.asarray(p.scored, dtype=np.int64) for p in batch])
                 targets = input_ids[rows, columns]
                 if mask_id is not None:
                     input_ids[rows, columns] = mask_id
                 states = states_of(input_ids, attention)[rows, columns - shift]  # [scored, d]
-                at = np.concatenate([starts[p.example] + p.scored - encoded[p.example].text_start for p in batch])
+                first = np.array([starts[p.example] - e.text_start for p, e in zip(batch, examples, strict=True)])
+                at = first[rows] + columns
                 for rows_done, found in _true_token_statistics(states, targets, states_of, sampling or Sampling()):
                     kept.put(at[rows_done], found)
                 if np.isnan(kept.log_prob[at]).any():
@@ -266,7 +267,7 @@ def pad(examples: Sequence[Example], pad_id: int) -> tuple[np.ndarray, np.ndarra
 
 def _causal_passes(encoded: EncodedRecords) -> list[_Pass]:
     """One pass a window; a token with nothing before it is not scored."""
-    passes = [_Pass(i, np.arange(max(1, e.text_start), e.text_end)) for i, e in enumerate(encoded)]
+    passes = [_Pass(i, range(max(1, e.text_start), e.text_end)) for i, e in enumerate(encoded)]
     return [p for p in passes if len(p.scored)]
 
 
@@ -275,7 +276,8 @@ def _masked_passes(encoded: EncodedRecords) -> list[_Pass]:
     passes: list[_Pass] = []
     for i, example in enumerate(encoded):
         rounds = mask_groups(example) % MASK_ROUNDS
-        passes += [_Pass(i, example.text_start + np.flatnonzero(rounds == r)) for r in np.unique(rounds)]
+        at = (example.text_start + np.arange(len(rounds))).astype(np.int32)
+        passes += [_Pass(i, at[rounds == r]) for r in np.unique(rounds)]
     return passes
 
 

@@ -7,9 +7,11 @@ on. No text and no token ids; still private, since a token's log-probability dep
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +29,7 @@ from dpmed.runs import write_private
 _VERSION = "2"  # of the file and of what its numbers mean
 _STATISTICS = tuple(field.name for field in fields(TokenStatistics))
 _ARRAYS = ("record", "offsets", "first_window", *_STATISTICS)
+_TOKENS_AT_ONCE = 2**18
 Detail = Literal["rank", "mean", "deviation", "sampled"]
 
 
@@ -89,7 +92,34 @@ class TokenScores:
 
     def per_record(self, values: np.ndarray) -> np.ndarray:
         """Sum of one value per token over each record, float64 [r]; tokens without a log-probability count as 0."""
-        return np.bincount(self.record, weights=np.where(self.scored, values, 0), minlength=self.n_records)
+        sums = np.zeros(self.n_records)
+        for start in range(0, len(self.record), _TOKENS_AT_ONCE):
+            cut = slice(start, start + _TOKENS_AT_ONCE)
+            record, known = self.record[cut], ~np.isnan(self.log_prob[cut])
+            found = np.bincount(record - record[0], weights=np.where(known, values[cut], 0))
+            sums[record[0] : record[0] + len(found)] += found
+        return sums
+
+    @cached_property
+    def n_scored(self) -> np.ndarray:
+        """How many tokens of each record have a log-probability, float64 [r]."""
+        return self.per_record(np.broadcast_to(np.float64(1), len(self.record)))
+
+    def blocks(self) -> Iterator[TokenScores]:
+        """These scores in pieces of consecutive whole records, at least one piece: a function of the tokens of single
+        records then needs no memory that grows with the number of records. The tokens' numbers are not copied."""
+        wanted = np.arange(0, self.offsets[-1] + _TOKENS_AT_ONCE, _TOKENS_AT_ONCE)
+        edges = np.unique([0, *np.searchsorted(self.offsets, wanted[:-1], side="left"), self.n_records])
+        for first, last in itertools.pairwise(edges.tolist() if self.n_records else [0, 0]):
+            tokens = slice(self.offsets[first], self.offsets[last])
+            own = {name: getattr(self, name) for name in _STATISTICS}
+            yield replace(
+                self,
+                record=self.record[tokens] - first,
+                offsets=self.offsets[first : last + 1] - self.offsets[first],
+                first_window=self.first_window[first:last],
+                **{name: None if values is None else values[tokens] for name, values in own.items()},
+            )
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write to a safetensors file that only its owner can read, at once or not at all."""
@@ -168,6 +198,16 @@ def _read_private(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
         raise
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path.name} in the folder of scores cannot be read; delete it") from error
+
+
+def in_blocks(function: Callable[..., np.ndarray], *scores: TokenScores) -> np.ndarray:
+    """A function that gives one value per record [r], for some records at a time.
+
+    Args:
+        function: takes as many `TokenScores` as there are `scores`, of the same records.
+        scores: of one or more models, on the same tokens.
+    """
+    return np.concatenate([function(*parts) for parts in zip(*(each.blocks() for each in scores), strict=True)])
 
 
 def text_starts(encoded: EncodedRecords) -> tuple[np.ndarray, int]:
