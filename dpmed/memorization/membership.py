@@ -206,8 +206,12 @@ def modified_entropy_score(logits: np.ndarray, labels: np.ndarray) -> np.ndarray
     log_p = logits - total
     p = np.exp(log_p)
     rows = np.arange(len(logits))
-    others = logits[:, None, :] + np.where(np.eye(logits.shape[1], dtype=bool), -np.inf, 0.0)
-    log_rest = np.logaddexp.reduce(others, axis=2) - total  # log(1 - p_i), [r, l]
+    top = logits.argmax(axis=1)
+    others = logits.copy()
+    others[rows, top] = -np.inf
+    with np.errstate(divide="ignore"):
+        log_rest = np.log1p(-p)  # log(1 - p_i), [r, l]; exact where p_i is at most a half
+    log_rest[rows, top] = np.logaddexp.reduce(others, axis=1) - total[:, 0]  # for the largest, which may be almost 1
     entropy = -p * log_rest
     entropy[rows, labels] = -np.exp(log_rest[rows, labels]) * log_p[rows, labels]
     return np.where(labels < 0, np.nan, -entropy.sum(axis=1))

@@ -24,8 +24,8 @@ from dpmed.data.sources import Table, read_table
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec, label_option_ids
 from dpmed.errors import InputError
 from dpmed.memorization.generation import context_size
-from dpmed.memorization.intervals import Measure, bootstrap_ratio, dense_units, rate_by_unit, wilson
-from dpmed.memorization.paired import paired_mean_difference, paired_rate_difference
+from dpmed.memorization.intervals import HigherIs, Measure, bootstrap_ratio, dense_units, rate_by_unit, wilson
+from dpmed.memorization.paired import Cases, paired_differences
 from dpmed.memorization.scoring import Progress, kept_scores
 from dpmed.memorization.statistics import weights_fingerprint
 from dpmed.utility import label_scores
@@ -376,10 +376,8 @@ def choice_figures(
     n_options = np.array([len(item.options) for item in items])
     figures["chance"] = float((1 / n_options).mean())
     if base is not None:
-        of_base = _outcomes(base, answers)
-        figures["minus_base"] = {
-            name: _difference(name, own[name], of_base[name], units, bootstrap, seed) for name in own
-        }
+        pair = ({n: Cases(v, units, _higher_is(n)) for n, v in of.items()} for of in (own, _outcomes(base, answers)))
+        figures["minus_base"] = paired_differences(*pair, bootstrap=bootstrap, seed=seed)
     counts = {
         "n_items": len(items),
         "n_items_cut": scores.n_items_cut,
@@ -414,8 +412,12 @@ def _outcomes(scores: ChoiceScores, answers: np.ndarray) -> dict[str, np.ndarray
     return found
 
 
+def _higher_is(name: str) -> HigherIs:
+    return "worse" if name in _HIGHER_IS_WORSE else "better"
+
+
 def _figure(name: str, values: np.ndarray, units: np.ndarray, bootstrap: int, seed: int) -> Measure:
-    higher_is = "worse" if name in _HIGHER_IS_WORSE else "better"
+    higher_is = _higher_is(name)
     if values.dtype == bool:
         return rate_by_unit(values, units, higher_is, bootstrap, seed)
     low, high = bootstrap_ratio(values, np.ones(len(values)), units, bootstrap, seed)
@@ -424,10 +426,3 @@ def _figure(name: str, values: np.ndarray, units: np.ndarray, bootstrap: int, se
         n_units = len(np.unique(units))
         low, high = wilson(value * n_units, n_units)
     return Measure(value, min(low, value), max(high, value), len(values), higher_is)
-
-
-def _difference(name: str, own: np.ndarray, base: np.ndarray, units: np.ndarray, bootstrap: int, seed: int) -> Any:
-    higher_is = "worse" if name in _HIGHER_IS_WORSE else "better"
-    if own.dtype == bool:
-        return paired_rate_difference(own, base, units, higher_is, bootstrap=bootstrap, seed=seed)
-    return paired_mean_difference(own, base, units, higher_is, bootstrap=bootstrap, seed=seed)

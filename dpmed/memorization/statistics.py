@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -225,13 +225,21 @@ def record_units(encoded: EncodedRecords) -> np.ndarray:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of the model's weights and configuration. It reads all weights: take it once per model."""
+    """A hash of the model's weights and configuration, also of how strongly its adapters act, which no weight tells.
+
+    It reads all weights: take it once per model.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
     to_json: Callable[[], str] | None = getattr(getattr(model, "config", None), "to_json_string", None)
     digest.update(to_json().encode() if to_json is not None else b"")
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):  # a layer of LoRA: alpha / rank of each adapter, and which of them act
+            acting: Any = [] if getattr(module, "disable_adapters", False) else getattr(module, "active_adapters", [])
+            digest.update(f"{name} {sorted(scaling.items())} {list(acting)}".encode())
     return digest.hexdigest()
 
 

@@ -4,12 +4,15 @@ import stat
 import tracemalloc
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
@@ -235,3 +238,17 @@ def test_scores_without_details_say_so():
     bare = TokenScores(np.zeros(1, np.int32), np.zeros(1), np.ones(1, bool), np.array([0, 1]), np.ones(1, np.int32))
     with pytest.raises(ValueError, match="no rank"):
         bare.detail("rank")
+
+
+def test_the_same_adapter_weights_at_another_strength_are_another_model(tiny_model):
+    def adapted(alpha: int) -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+        return get_peft_model(tiny_model("llama"), config)
+
+    model = adapted(8)
+    first = weights_fingerprint(model)
+    assert weights_fingerprint(adapted(8)) == first
+    assert weights_fingerprint(adapted(64)) != first
+    model.base_model.disable_adapter_layers()
+    assert weights_fingerprint(model) != first
