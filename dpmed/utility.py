@@ -205,17 +205,21 @@ def prediction_scores(
     spec: TaskSpec,
     *,
     batch_tokens: int,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Score of each label for each record, [n, l]: logits of a head, or log-probabilities of prompted labels.
 
+    Args: as in `label_scores`; a head's pass is short and keeps nothing in the folder.
     Raises: InputError if a record has a label that is not in `spec.labels`, or the task scores no labels.
     """
     if spec.kind == "masked_lm" or not spec.labels:
         raise InputError(f"task {spec.kind} has no labels to predict; name the label column with data.label")
     encoded = encode(records, tokenizer, spec)
     if spec.kind == "causal_lm":
-        return label_scores(model, encoded, tokenizer, spec, batch_tokens=batch_tokens, progress=progress)
+        return label_scores(
+            model, encoded, tokenizer, spec, batch_tokens=batch_tokens, folder=folder, progress=progress
+        )
     logits, _ = score_classification(model, encoded, spec, tokenizer, batch_tokens=batch_tokens, progress=progress)
     return np.asarray(logits, dtype=np.float64)
 
@@ -316,6 +320,7 @@ def utility(
     settings: EvaluationSection,
     train_records: Dataset | None = None,
     seed: int = 0,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Measure what the model is good for, on patients it has not seen.
@@ -331,6 +336,7 @@ def utility(
         settings: `batch_tokens` and `bootstrap`.
         train_records: gives the majority baseline.
         seed: of the bootstrap.
+        folder: where a killed pass goes on from; see `label_scores`.
         progress: called with (sequences done, all sequences).
 
     Returns: `KEYS` as JSON-ready figures with 95 % intervals from resampled patients (`majority`: plain values), null
@@ -342,7 +348,10 @@ def utility(
         return dict.fromkeys(KEYS), dict.fromkeys(KEYS, reason)
     targets = label_matrix(heldout_records, spec.labels)
     scores = prediction_scores(
-        model, heldout_records, tokenizer, spec, batch_tokens=settings.batch_tokens, progress=progress
+        *(model, heldout_records, tokenizer, spec),
+        batch_tokens=settings.batch_tokens,
+        folder=folder,
+        progress=progress,
     )
     units = np.asarray(heldout_records["unit"])
     figures, reasons = score_figures(scores, targets, units, spec, n_resamples=settings.bootstrap, seed=seed)

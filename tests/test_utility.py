@@ -222,6 +222,12 @@ def test_killed_label_scores_go_on_where_they_stopped(
         found = score(folder=tmp_path, progress=lambda *done: seen.append(done))
     assert len(passes) == len(seen) - 2 > 0
     np.testing.assert_array_equal(found, whole)
+    labels = [SEVERAL_TOKENS[i % len(SEVERAL_TOKENS)] for i in range(6)]
+    measure = partial(utility, model, make_records(labels), tiny_tokenizer, spec, settings=SETTINGS)
+    expected = measure(folder=tmp_path)
+    with counted_passes(model) as passes:
+        assert measure(folder=tmp_path) == expected
+    assert passes == []
 
 
 def test_a_label_that_begins_another_needs_the_end_token(
