@@ -117,6 +117,8 @@ class Battery:
         tokens = scores.n_scored
         if tokens.sum() == 0:
             return NotApplicable("no scored token")
+        if not np.isfinite(loss).all():
+            return NotApplicable("the model rules a token of the records out (probability 0): perplexity is infinite")
         bounds = bootstrap_ratio(loss, tokens, side.units, self.settings.bootstrap, SEED)
         if dense_units(side.units)[1] < 2:
             bounds = (np.nan, np.nan)  # one patient tells nothing about another
