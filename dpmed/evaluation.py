@@ -101,6 +101,7 @@ def _measure(
     if recipe.sani.terms is not None:  # then they are what a model should not say, and what leakage is measured of
         train_records, heldout = (with_terms(side, recipe.sani.terms) for side in (train_records, heldout))
     manifest = None if recipe.data.canaries is None else Manifest.load(Path(recipe.data.canaries).expanduser())
+    parts = None if run_dir is None else run_dir / PARTS
     with progress("evaluate memorisation", 1) as bar:
         evaluator = MemorizationEvaluator(
             model,
@@ -109,7 +110,7 @@ def _measure(
             spec=spec,
             settings=settings,
             base_scores=base_scores,
-            scores_dir=None if run_dir is None else run_dir / PARTS,
+            scores_dir=parts,
             progress=bar.update_stage,
         )
         result = evaluator.evaluate(train_records, heldout, manifest, claim=claim, before=before)
@@ -117,7 +118,11 @@ def _measure(
         evaluator.memorized.save(run_dir / MEMORIZED_FILE)
     with progress("evaluate utility", 1) as bar:
         figures, reasons = utility(
-            model, heldout, tokenizer, spec, settings=settings, train_records=train_records, progress=bar.update
+            *(model, heldout, tokenizer, spec),
+            settings=settings,
+            train_records=train_records,
+            folder=parts,
+            progress=bar.update,
         )
     result["utility"] = {**figures, **(result.get("utility") or {})}
     result.setdefault("not_applicable", {}).update({f"utility.{key}": why for key, why in reasons.items()})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,16 @@ from dpmed.data.batches import pad_token_id
 from dpmed.data.tasks import EncodedRecords, TaskSpec, encode, label_option_ids
 from dpmed.errors import InputError
 from dpmed.memorization.intervals import Measure, percentile_interval, rate_by_unit, wilson
-from dpmed.memorization.scoring import Progress, evaluating, length_batches, score_classification
+from dpmed.memorization.scoring import (
+    NOT_FINITE,
+    PartWriter,
+    Progress,
+    evaluating,
+    length_batches,
+    score_classification,
+)
+from dpmed.memorization.statistics import ScoreParts, scores_fingerprint, weights_fingerprint
+from dpmed.memorization.vocabulary import Columns, Sampling
 from dpmed.metrics import AVERAGES, f1_from_counts, f1_values, resampled_auroc_macro, resampled_f1
 
 if TYPE_CHECKING:
@@ -47,6 +57,14 @@ class _Pass:
     """(index into offsets, token, label)."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Reads(Columns):
+    """What all passes over all records read."""
+
+    log_prob: np.ndarray
+    """Of each read token, in nats, float64; NaN before its pass."""
+
+
 def label_scores(
     model: nn.Module,
     encoded: EncodedRecords,
@@ -54,6 +72,8 @@ def label_scores(
     spec: TaskSpec,
     *,
     batch_tokens: int,
+    folder: Path | None = None,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Log-probability of each label after text and prompt, for a causal LM.
@@ -67,6 +87,8 @@ def label_scores(
         tokenizer: of the model.
         spec: task causal_lm with labels.
         batch_tokens: padded tokens per forward pass, at least one sequence.
+        folder: private folder for finished batches, which a pass that was killed goes on from; None keeps nothing.
+        weights: the model's `weights_fingerprint`, where it was taken already.
         progress: called with (sequences done, all sequences).
 
     Returns: [n, l], float64, in nats, in the order of `spec.labels`.
@@ -76,20 +98,33 @@ def label_scores(
     passes = _passes(_scored_options(tokenizer, spec))
     items = [(e.record, e.input_ids[: e.text_end] + prompt, p) for e in encoded for p in passes]
     lengths = [len(prompted) + len(p.start) for _, prompted, p in items]
-    scores = np.zeros((encoded.n_records, len(spec.labels)))
+    edges = np.cumsum([0, *(len(p.reads) for _, _, p in items)])
+    kept = _Reads(np.full(edges[-1], np.nan))
+    parts = None
+    if folder is not None:
+        weights = weights or weights_fingerprint(model)
+        parts = ScoreParts(folder, "labels", scores_fingerprint(weights, encoded, spec, Sampling()))
+    writer = PartWriter(parts, batch_tokens)
+    finished = writer.restore(kept)
     device = next(model.parameters()).device
     done = 0
     with evaluating(model):
-        for batch in length_batches(lengths, batch_tokens):
-            chosen = [items[i] for i in batch]
-            read = _next_token_log_probs(model, [(ids, p) for _, ids, p in chosen], pad_token_id(tokenizer), device)
-            for (record, _, p), values in zip(chosen, read, strict=True):
-                np.add.at(scores[record], [label for _, _, label in p.reads], values)
+        for number, batch in enumerate(length_batches(lengths, batch_tokens)):
+            if number not in finished:
+                chosen = [items[i][1:] for i in batch]
+                read = np.concatenate(_next_token_log_probs(model, chosen, pad_token_id(tokenizer), device))
+                if not np.isfinite(read).all():
+                    raise InputError(NOT_FINITE)
+                at = np.concatenate([np.arange(edges[i], edges[i + 1]) for i in batch])
+                kept.put(at, _Reads(read))
+                writer.add(number, at, kept)
             done += len(batch)
             if progress is not None:
                 progress(done, len(items))
-    if not np.isfinite(scores).all():
-        raise InputError("the model's output is not finite: its weights hold NaN or infinity; train it again")
+        writer.write(kept)
+    scores = np.zeros((encoded.n_records, len(spec.labels)))
+    for (record, _, p), read in zip(items, np.split(kept.log_prob, edges[1:-1]), strict=True):
+        np.add.at(scores[record], [label for _, _, label in p.reads], read)
     windows = np.bincount([e.record for e in encoded], minlength=encoded.n_records)
     return scores / windows[:, None]
 
@@ -170,17 +205,21 @@ def prediction_scores(
     spec: TaskSpec,
     *,
     batch_tokens: int,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Score of each label for each record, [n, l]: logits of a head, or log-probabilities of prompted labels.
 
+    Args: as in `label_scores`; a head's pass is short and keeps nothing in the folder.
     Raises: InputError if a record has a label that is not in `spec.labels`, or the task scores no labels.
     """
     if spec.kind == "masked_lm" or not spec.labels:
         raise InputError(f"task {spec.kind} has no labels to predict; name the label column with data.label")
     encoded = encode(records, tokenizer, spec)
     if spec.kind == "causal_lm":
-        return label_scores(model, encoded, tokenizer, spec, batch_tokens=batch_tokens, progress=progress)
+        return label_scores(
+            model, encoded, tokenizer, spec, batch_tokens=batch_tokens, folder=folder, progress=progress
+        )
     logits, _ = score_classification(model, encoded, spec, tokenizer, batch_tokens=batch_tokens, progress=progress)
     return np.asarray(logits, dtype=np.float64)
 
@@ -281,6 +320,7 @@ def utility(
     settings: EvaluationSection,
     train_records: Dataset | None = None,
     seed: int = 0,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Measure what the model is good for, on patients it has not seen.
@@ -296,6 +336,7 @@ def utility(
         settings: `batch_tokens` and `bootstrap`.
         train_records: gives the majority baseline.
         seed: of the bootstrap.
+        folder: where a killed pass goes on from; see `label_scores`.
         progress: called with (sequences done, all sequences).
 
     Returns: `KEYS` as JSON-ready figures with 95 % intervals from resampled patients (`majority`: plain values), null
@@ -307,7 +348,10 @@ def utility(
         return dict.fromkeys(KEYS), dict.fromkeys(KEYS, reason)
     targets = label_matrix(heldout_records, spec.labels)
     scores = prediction_scores(
-        model, heldout_records, tokenizer, spec, batch_tokens=settings.batch_tokens, progress=progress
+        *(model, heldout_records, tokenizer, spec),
+        batch_tokens=settings.batch_tokens,
+        folder=folder,
+        progress=progress,
     )
     units = np.asarray(heldout_records["unit"])
     figures, reasons = score_figures(scores, targets, units, spec, n_resamples=settings.bootstrap, seed=seed)

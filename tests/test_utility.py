@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from memorization.evaluated import counted_passes, killed_at
 from scipy.special import expit
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpmed.data.tasks import EncodedRecords, TaskSpec, encode, label_option_ids
 from dpmed.errors import InputError
+from dpmed.memorization import scoring
 from dpmed.memorization.intervals import unit_multiplicities
 from dpmed.metrics import AVERAGES, F1, Accuracy, f1_values, resampled_auroc_macro, resampled_f1, weighted_auroc
 from dpmed.recipe import EvaluationSection
@@ -200,6 +203,31 @@ def test_records_without_label_are_scored_like_those_with_one(
         for labels in (None, ["a"] * 6)
     ]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+
+
+def test_killed_label_scores_go_on_where_they_stopped(
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    model, spec = tiny_model("llama", initializer_range=0.3), TaskSpec(labels=SEVERAL_TOKENS, max_length=64)
+    encoded = encode(make_records(["a"] * 6), tiny_tokenizer, spec)
+    score = partial(label_scores, model, encoded, tiny_tokenizer, spec, batch_tokens=150)
+    whole, seen = score(), []
+    with pytest.raises(KeyboardInterrupt):
+        score(folder=tmp_path, progress=killed_at(2, []))
+    with counted_passes(model) as passes:
+        found = score(folder=tmp_path, progress=lambda *done: seen.append(done))
+    assert len(passes) == len(seen) - 2 > 0
+    np.testing.assert_array_equal(found, whole)
+    labels = [SEVERAL_TOKENS[i % len(SEVERAL_TOKENS)] for i in range(6)]
+    measure = partial(utility, model, make_records(labels), tiny_tokenizer, spec, settings=SETTINGS)
+    expected = measure(folder=tmp_path)
+    with counted_passes(model) as passes:
+        assert measure(folder=tmp_path) == expected
+    assert passes == []
 
 
 def test_a_label_that_begins_another_needs_the_end_token(

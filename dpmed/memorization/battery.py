@@ -12,6 +12,7 @@ from datasets import Dataset
 from dpmed.data.tasks import EncodedRecords, TaskSpec
 from dpmed.memorization.checks import text_tokens
 from dpmed.memorization.extraction import (
+    exact_memorization,
     extraction_figures,
     greedy_extraction,
     identifier_extraction,
@@ -113,9 +114,11 @@ class Battery:
     def perplexity(self, side: Side, scores: TokenScores) -> Measure | NotApplicable:
         """exp of the mean negative log-likelihood per text token (masked_lm: pseudo-perplexity)."""
         loss = -scores.per_record(scores.log_prob)
-        tokens = scores.per_record(np.ones(len(scores.record)))
+        tokens = scores.n_scored
         if tokens.sum() == 0:
             return NotApplicable("no scored token")
+        if not np.isfinite(loss).all():
+            return NotApplicable("the model rules a token of the records out (probability 0): perplexity is infinite")
         bounds = bootstrap_ratio(loss, tokens, side.units, self.settings.bootstrap, SEED)
         if dense_units(side.units)[1] < 2:
             bounds = (np.nan, np.nan)  # one patient tells nothing about another
@@ -153,11 +156,10 @@ class Battery:
             for name, chosen in groups.items()
         }
         found["exact_memorization"] = paired_mean_difference(
-            _share_right(scores),
-            _share_right(base),
+            *(exact_memorization(scores), exact_memorization(base)),
             side.units,
             "worse",
-            weights=scores.per_record(np.ones(len(scores.record))),
+            weights=scores.n_scored,
             **resamples,
         )
         return found
@@ -232,12 +234,6 @@ class Battery:
         keys = ["auc", *(f"tpr_at_fpr_{fpr:g}" for fpr in self.settings.fpr)]
         figures = {f"membership_{key}": chosen if isinstance(chosen, NotApplicable) else chosen[key] for key in keys}
         return {"membership_attack": name, **figures}
-
-
-def _share_right(scores: TokenScores) -> np.ndarray:
-    """Share of each record's scored tokens that are the first choice [r]; NaN without any."""
-    with np.errstate(invalid="ignore"):
-        return scores.per_record(scores.is_argmax) / scores.per_record(np.ones(len(scores.record)))
 
 
 def classifier_nothing() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +73,8 @@ def canary_figures(
     bootstrap: int = 1000,
     seed: int = 0,
     candidates: int = CANDIDATES,
+    folder: Path | None = None,
+    weights: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Exposure of the canaries and an audit of the run that trained the model.
@@ -82,6 +85,7 @@ def canary_figures(
         spec, tokenizer: as in training.
         claim: of the run; its delta is the audit's.
         candidates: other secrets that each canary is ranked among.
+        folder, weights: of a language model's passes that may be killed; see `kept_scores`.
         batch_tokens, bootstrap, seed, progress: see `canary_losses` and `exposure_figures`.
 
     Returns: those of `exposure_figures`, `epsilon_lower_bound` (with its ceiling) and `audit`, in which `contradicts`
@@ -100,6 +104,8 @@ def canary_figures(
             n_candidates=candidates,
             seed=seed,
             batch_tokens=batch_tokens,
+            folder=folder,
+            weights=weights,
             progress=progress,
         )
         figures |= exposure_figures(losses, manifest, bootstrap=bootstrap, seed=seed)

@@ -42,7 +42,7 @@ from dpmed.memorization.further import (
 )
 from dpmed.memorization.intervals import NotApplicable, dense_units, figures_json
 from dpmed.memorization.persistence import MEMORIZED_FILE, MemorizedSet
-from dpmed.memorization.scoring import Progress, kept_scores, score_classification, score_records
+from dpmed.memorization.scoring import Progress, kept_scores, score_classification
 from dpmed.memorization.statistics import TokenScores, record_units, weights_fingerprint
 from dpmed.memorization.vocabulary import Sampling
 from dpmed.recipe import EvaluationSection
@@ -65,9 +65,10 @@ class MemorizationEvaluator:
         settings: lengths, rates, resamples (`recipe.EvaluationSection`).
         base_scores: private folder in which the base model's statistics are kept, so that all runs of a grid share one
             pass of it. Used again only for the same weights, token ids, task and sampling.
-        scores_dir: private folder in which statistics (without `base_scores` those of the base model too) and generated
-            text are kept, so that an evaluation that was killed goes on where it stopped (language models). Delete it
-            when the figures are written: generated text may hold patients' data.
+        scores_dir: private folder in which statistics (without `base_scores` those of the base model too), those of
+            canaries and multiple-choice items, and generated text are kept, so that an evaluation that was killed goes
+            on where it stopped (language models). Delete it when the figures are written: generated text may hold
+            patients' data.
         progress: called with (stage, windows done, windows in all).
 
     Attributes:
@@ -249,7 +250,10 @@ class MemorizationEvaluator:
                 self.memorized = kept
                 tree["memorization"]["persistence"] = persistence_of(self._before, kept, settings)
         choices, counts["choices"] = choices_of(
-            self.model, self.base_model, self.tokenizer, settings, self._reporter("multiple choice")
+            *(self.model, self.base_model, self.tokenizer, settings),
+            folder=self.scores_dir,
+            fingerprint=self._fingerprint,
+            progress=self._reporter("multiple choice"),
         )
         tree["utility"]["multiple_choice"] = choices
         of_base = tree["reference"]["base_model"]
@@ -263,7 +267,7 @@ class MemorizationEvaluator:
                 *records,
                 settings,
                 folder=self.scores_dir,
-                weights=None if self.scores_dir is None else self._fingerprint(model),
+                weights=self._kept_weights(model),
                 progress=self.progress,
             )
             members |= figures["memorization"]
@@ -279,6 +283,8 @@ class MemorizationEvaluator:
             batch_tokens=self.settings.batch_tokens,
             bootstrap=self.settings.bootstrap,
             candidates=self.settings.canary_candidates,
+            folder=self.scores_dir,
+            weights=self._kept_weights(self.model),
             progress=self._reporter("canaries"),
         )
 
@@ -295,20 +301,17 @@ class MemorizationEvaluator:
 
     def _scores(self, model: nn.Module, side: Side, stage: str, folder: Path | None) -> TokenScores:
         """A model's statistics of one side: from the folder where they were kept, else from a pass of it."""
-        inputs = (model, side.encoded, self.spec, self.tokenizer)
-        sampling = Sampling(self.settings.temperature, self.settings.top_k)
-        size, progress = self.settings.batch_tokens, self._reporter(stage)
-        if folder is None:
-            return score_records(*inputs, sampling=sampling, batch_tokens=size, progress=progress)
         return kept_scores(
-            *inputs,
-            folder,
-            side.name,
-            sampling=sampling,
-            batch_tokens=size,
-            weights=self._fingerprint(model),
-            progress=progress,
+            *(model, side.encoded, self.spec, self.tokenizer, folder, side.name),
+            sampling=Sampling(self.settings.temperature, self.settings.top_k),
+            batch_tokens=self.settings.batch_tokens,
+            weights=None if folder is None else self._fingerprint(model),
+            progress=self._reporter(stage),
         )
+
+    def _kept_weights(self, model: nn.Module) -> str | None:
+        """The fingerprint, where something is kept that needs it."""
+        return None if self.scores_dir is None else self._fingerprint(model)
 
     def _fingerprint(self, model: nn.Module) -> str:
         """Hash of a model's weights, taken once per evaluation: for a large model that is a minute."""

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import nn
 from dpmed.data.canaries import Manifest
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.memorization.intervals import Measure, NotApplicable, bootstrap_by_unit, bootstrap_ratio, wilson
-from dpmed.memorization.scoring import Progress, score_classification, score_records
+from dpmed.memorization.scoring import Progress, kept_scores, score_classification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,10 +46,13 @@ class CanaryLosses:
     def coin_scores(self) -> np.ndarray:
         """How far each canary's loss lies below its candidates' mean, in their standard deviations, [c].
 
-        A score for `audit_epsilon`: higher means "more likely in", and no coin is looked at.
+        A score for `audit_epsilon`: higher means "more likely in", and no coin is looked at. A single candidate has no
+        deviation; the score is then the distance itself.
         """
         spread = self.candidates.std(axis=1)
         below = self.candidates.mean(axis=1) - self.canary
+        if self.candidates.shape[1] == 1:
+            return below
         return np.divide(below, spread, out=np.zeros_like(below), where=spread > 0)
 
 
@@ -61,6 +65,8 @@ def canary_losses(
     n_candidates: int = CANDIDATES,
     seed: int = 0,
     batch_tokens: int = 8192,
+    folder: Path | None = None,
+    weights: str | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> CanaryLosses:
@@ -72,6 +78,7 @@ def canary_losses(
         spec, tokenizer: as in training.
         n_candidates: a, at least 1; the cost is (a + 1) short texts per canary.
         seed: of the candidates.
+        folder, weights: where finished batches are kept; see `kept_scores`.
         batch_tokens, progress, device: see `score_records`.
 
     Raises: ValueError for a classifier (see `label_scores`) or n_candidates below 1; InputError if the model's output
@@ -83,7 +90,13 @@ def canary_losses(
     texts = [t for c in manifest.canaries for t in (c.text, *manifest.candidates(c, n_candidates, seed))]
     records = Dataset.from_dict({"text": texts, "unit": ["canaries"] * len(texts)})
     encoded = encode(records, tokenizer, spec)
-    scores = score_records(model, encoded, spec, tokenizer, batch_tokens=batch_tokens, progress=progress, device=device)
+    scores = kept_scores(
+        *(model, encoded, spec, tokenizer, folder, "canaries"),
+        batch_tokens=batch_tokens,
+        weights=weights,
+        progress=progress,
+        device=device,
+    )
     losses = -scores.per_record(scores.log_prob).reshape(len(manifest.canaries), 1 + n_candidates)
     return CanaryLosses(losses[:, 0], losses[:, 1:])
 

@@ -7,14 +7,14 @@ same holds for drawn text: the probability of the true suffix is the product of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dpmed.data.tasks import EncodedRecords
 from dpmed.memorization.intervals import Measure, NotApplicable, bootstrap_ratio, rate_by_unit, wilson
-from dpmed.memorization.statistics import TokenScores, record_units, text_starts
+from dpmed.memorization.statistics import TokenScores, in_blocks, record_units, text_starts
 
 Figure = Measure | NotApplicable
 
@@ -32,20 +32,24 @@ def greedy_extraction(scores: TokenScores, prefix_tokens: int, suffix_tokens: in
     Raises: ValueError if p or n is below 1.
     Reference: Carlini et al. 2021, 2023 ((p, n) discoverable extraction).
     """
-    eligible, right = _suffix_sums(scores, scores.is_argmax, prefix_tokens, suffix_tokens)
+    eligible, right = _suffix_sums(scores, lambda part: part.is_argmax, prefix_tokens, suffix_tokens)
     return eligible, eligible & (right == suffix_tokens)
 
 
 def _suffix_sums(
-    scores: TokenScores, values: np.ndarray, prefix_tokens: int, suffix_tokens: int
+    scores: TokenScores, values_of: Callable[[TokenScores], np.ndarray], prefix_tokens: int, suffix_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which records are long enough [r], and the sum of `values` [t] over their suffix [r]; 0 where too short."""
+    """Which records are long enough [r], and the sum of a value per token over their suffix [r]; 0 where too short."""
     if prefix_tokens < 1 or suffix_tokens < 1:
         raise ValueError(f"prefix {prefix_tokens} and suffix {suffix_tokens} must be 1 or more")
-    eligible = scores.first_window >= prefix_tokens + suffix_tokens
-    sums = np.concatenate([[0], np.cumsum(values)])
-    start = np.where(eligible, scores.offsets[:-1] + prefix_tokens, 0)
-    return eligible, np.where(eligible, sums[np.where(eligible, start + suffix_tokens, 0)] - sums[start], 0)
+
+    def of(part: TokenScores) -> np.ndarray:
+        long_enough = part.first_window >= prefix_tokens + suffix_tokens
+        sums = np.concatenate([[0], np.cumsum(values_of(part))])
+        start = np.where(long_enough, part.offsets[:-1] + prefix_tokens, 0)
+        return np.where(long_enough, sums[np.where(long_enough, start + suffix_tokens, 0)] - sums[start], 0)
+
+    return scores.first_window >= prefix_tokens + suffix_tokens, in_blocks(of, scores)
 
 
 def suffix_log_probability(
@@ -63,10 +67,13 @@ def suffix_log_probability(
     Raises: ValueError if p or n is below 1, or the scores hold no sampling probabilities.
     Reference: Hayes et al. 2024 (arXiv 2410.19482).
     """
-    sampled = scores.detail("sampled").astype(np.float64)
-    possible = np.isfinite(sampled)
-    eligible, n_possible = _suffix_sums(scores, possible, prefix_tokens, suffix_tokens)
-    _, log_probability = _suffix_sums(scores, np.where(possible, sampled, 0.0), prefix_tokens, suffix_tokens)
+
+    def finite(part: TokenScores) -> np.ndarray:
+        return np.where(np.isfinite(part.detail("sampled")), part.detail("sampled").astype(np.float64), 0.0)
+
+    lengths = (prefix_tokens, suffix_tokens)
+    eligible, n_possible = _suffix_sums(scores, lambda part: np.isfinite(part.detail("sampled")), *lengths)
+    _, log_probability = _suffix_sums(scores, finite, *lengths)
     certain = np.minimum(log_probability, 0.0)  # a sum that rounding left above 0
     return eligible, np.where(n_possible == suffix_tokens, certain, -np.inf)
 
@@ -131,13 +138,16 @@ def extraction_strength(scores: TokenScores) -> np.ndarray:
     wrong has 0: only the whole text as prefix leaves nothing wrong. NaN for a record of which no token is scored.
     Reference: extraction strength, Carlini et al. 2021 as defined in OpenUnlearning (arXiv 2506.12618).
     """
-    position = np.arange(len(scores.record)) - scores.offsets[scores.record]
-    wrong = ~scores.is_argmax & (position < scores.first_window[scores.record])
-    needed = np.zeros(scores.n_records)
-    np.maximum.at(needed, scores.record[wrong], position[wrong] + 1.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        strength = 1 - needed / scores.first_window
-    return np.where(_n_scored(scores) > 0, strength, np.nan)
+
+    def of(part: TokenScores) -> np.ndarray:
+        position = np.arange(len(part.record)) - part.offsets[part.record]
+        wrong = ~part.is_argmax & (position < part.first_window[part.record])
+        needed = np.zeros(part.n_records)
+        np.maximum.at(needed, part.record[wrong], position[wrong] + 1.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return 1 - needed / part.first_window
+
+    return np.where(scores.n_scored > 0, in_blocks(of, scores), np.nan)
 
 
 def exact_memorization(scores: TokenScores) -> np.ndarray:
@@ -146,7 +156,7 @@ def exact_memorization(scores: TokenScores) -> np.ndarray:
     Reference: Tirumala et al. 2022 (arXiv 2205.10770).
     """
     with np.errstate(invalid="ignore"):
-        return scores.per_record(scores.is_argmax) / _n_scored(scores)
+        return scores.per_record(scores.is_argmax) / scores.n_scored
 
 
 def strength_figures(
@@ -157,7 +167,7 @@ def strength_figures(
     Args:
         units: unit of each record [r].
     """
-    scored = _n_scored(scores)
+    scored = scores.n_scored
     has = scored > 0
     if not has.any():
         nothing = NotApplicable("no scored token")
@@ -176,11 +186,6 @@ def _mean(top: np.ndarray, bottom: np.ndarray, units: np.ndarray, bootstrap: int
     if not low < high:
         low, high = wilson(value * n_units, n_units)
     return Measure(value, min(low, value), max(high, value), int(bottom.sum()), "worse")
-
-
-def _n_scored(scores: TokenScores) -> np.ndarray:
-    """Scored tokens of each record [r]."""
-    return scores.per_record(np.ones(len(scores.record)))
 
 
 def _too_short(prefix_tokens: int, suffix_tokens: int) -> NotApplicable:

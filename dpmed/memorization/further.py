@@ -20,7 +20,7 @@ from dpmed.memorization.intervals import NotApplicable
 from dpmed.memorization.kinds import TokenTexts, kind_figures, memorized_spans, reference_texts, span_kinds
 from dpmed.memorization.multiple_choice import choice_figures, load_items, score_choices
 from dpmed.memorization.persistence import MemorizedSet, persistence_figures
-from dpmed.memorization.statistics import TokenScores
+from dpmed.memorization.statistics import TokenScores, weights_fingerprint
 from dpmed.recipe import EvaluationSection
 
 if TYPE_CHECKING:
@@ -87,14 +87,30 @@ def choices_of(
     base: nn.Module | None,
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationSection,
-    progress: Callable[[int, int], None] | None,
+    *,
+    folder: Path | None = None,
+    fingerprint: Callable[[nn.Module], str] = weights_fingerprint,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, dict[str, int]]:
-    """Accuracy on the user's multiple-choice items, and how it holds when options move or go."""
+    """Accuracy on the user's multiple-choice items, and how it holds when options move or go.
+
+    Args:
+        folder: private folder for finished batches; None keeps nothing.
+        fingerprint: gives a model's `weights_fingerprint`, where it was taken already.
+    """
     if settings.choices is None:
         return NotApplicable(NO_CHOICES), {}
     items = load_items(settings.choices)
     asked = [
-        None if m is None else score_choices(m, tokenizer, items, batch_tokens=settings.batch_tokens, progress=progress)
+        None
+        if m is None
+        else score_choices(
+            *(m, tokenizer, items),
+            batch_tokens=settings.batch_tokens,
+            folder=folder,
+            weights=None if folder is None else fingerprint(m),
+            progress=progress,
+        )
         for m in (model, base)
     ]
     assert asked[0] is not None

@@ -16,7 +16,7 @@ from scipy.stats import beta
 
 HigherIs = Literal["better", "worse"]
 Z_95 = 1.959963984540054
-_DRAWS_AT_ONCE = 4_000_000  # cells of a block of resamples; 8 bytes each
+_DRAWS_AT_ONCE = 2**18  # cells of a block of resamples: 2 MiB, and as much again for each step of arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +90,17 @@ def dense_units(units: np.ndarray) -> tuple[np.ndarray, int]:
     return dense, len(names)
 
 
-def unit_multiplicities(n_units: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+def unit_multiplicities(n_units: int, n_resamples: int, seed: int, at_once: int | None = None) -> Iterator[np.ndarray]:
     """Blocks [b, u] of how often each unit is drawn when n_units units are drawn with replacement.
 
     The blocks together have n_resamples rows; each row sums to n_units. Any statistic that takes weights can be
     bootstrapped with them without copying a record.
+
+    Args:
+        at_once: rows of a block, for the sake of memory: the draws are the same however they are cut.
     """
     rng = np.random.default_rng(seed)
-    at_once = max(1, _DRAWS_AT_ONCE // max(1, n_units))
+    at_once = at_once or max(1, _DRAWS_AT_ONCE // max(1, n_units))
     for start in range(0, n_resamples, at_once):
         rows = min(at_once, n_resamples - start)
         drawn = rng.integers(n_units, size=(rows, n_units)) + np.arange(rows)[:, None] * n_units

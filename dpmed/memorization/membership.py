@@ -21,13 +21,13 @@ from dpmed.memorization.intervals import (
     unit_multiplicities,
     wilson,
 )
-from dpmed.memorization.statistics import TokenScores
+from dpmed.memorization.statistics import TokenScores, in_blocks
 
 ROC_POINTS = 60
 """At most so many points of a curve go into the JSON."""
 SMALLEST_DEVIATION = 1e-4
 """Of a vocabulary's log-probabilities, in nats: what float32 sums can tell from none."""
-_WEIGHTS_AT_ONCE = 4_000_000
+_WEIGHTS_AT_ONCE = 2**18  # cells of a block of resamples; about ten arrays have them
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def loss_score(scores: TokenScores) -> np.ndarray:
     Reference: Yeom et al. 2018 (LOSS).
     """
     with np.errstate(invalid="ignore"):
-        return scores.per_record(scores.log_prob) / scores.per_record(np.ones(len(scores.record)))
+        return scores.per_record(scores.log_prob) / scores.n_scored
 
 
 def reference_score(scores: TokenScores, base: TokenScores) -> np.ndarray:
@@ -102,7 +102,7 @@ def min_k_score(scores: TokenScores, share: float) -> np.ndarray:
     Raises: ValueError if share is not in (0, 1].
     Reference: Shi et al. 2024 (Min-K%).
     """
-    return _mean_of_lowest(scores, scores.log_prob, share)
+    return in_blocks(lambda part: _mean_of_lowest(part, part.log_prob, share), scores)
 
 
 def min_k_plus_plus_score(scores: TokenScores, share: float) -> np.ndarray:
@@ -115,8 +115,12 @@ def min_k_plus_plus_score(scores: TokenScores, share: float) -> np.ndarray:
     Raises: ValueError if share is not in (0, 1], or the scores hold no mean and deviation.
     Reference: Zhang et al. 2024 (Min-K%++, arXiv 2404.02936).
     """
-    deviation = np.maximum(scores.detail("deviation").astype(np.float64), SMALLEST_DEVIATION)
-    return _mean_of_lowest(scores, (scores.log_prob - scores.detail("mean").astype(np.float64)) / deviation, share)
+
+    def of(part: TokenScores) -> np.ndarray:
+        deviation = np.maximum(part.detail("deviation").astype(np.float64), SMALLEST_DEVIATION)
+        return _mean_of_lowest(part, (part.log_prob - part.detail("mean").astype(np.float64)) / deviation, share)
+
+    return in_blocks(of, scores)
 
 
 def _mean_of_lowest(scores: TokenScores, values: np.ndarray, share: float) -> np.ndarray:
@@ -148,13 +152,17 @@ def ez_score(scores: TokenScores, base: TokenScores) -> np.ndarray:
     Reference: Ilic et al. 2026 (error-zone score, arXiv 2601.12104).
     """
     _check_same_records(scores, base)
+    return in_blocks(_ez_score, scores, base)
+
+
+def _ez_score(scores: TokenScores, base: TokenScores) -> np.ndarray:
     wrong = scores.scored & ~scores.is_argmax
     moved = np.where(wrong, scores.log_prob.astype(np.float64) - base.log_prob.astype(np.float64), 0.0)
     up, down = (scores.per_record(np.maximum(sign * moved, 0.0)) for sign in (1, -1))
     with np.errstate(invalid="ignore"):
         score = np.where(up + down > 0, up / (up + down), 0.5)
     score = np.where(scores.per_record(wrong) < 2, 2.0, score)
-    return np.where(scores.per_record(np.ones(len(scores.record))) < 2, np.nan, score)
+    return np.where(scores.n_scored < 2, np.nan, score)
 
 
 def margin_score(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -198,8 +206,12 @@ def modified_entropy_score(logits: np.ndarray, labels: np.ndarray) -> np.ndarray
     log_p = logits - total
     p = np.exp(log_p)
     rows = np.arange(len(logits))
-    others = logits[:, None, :] + np.where(np.eye(logits.shape[1], dtype=bool), -np.inf, 0.0)
-    log_rest = np.logaddexp.reduce(others, axis=2) - total  # log(1 - p_i), [r, l]
+    top = logits.argmax(axis=1)
+    others = logits.copy()
+    others[rows, top] = -np.inf
+    with np.errstate(divide="ignore"):
+        log_rest = np.log1p(-p)  # log(1 - p_i), [r, l]; exact where p_i is at most a half
+    log_rest[rows, top] = np.logaddexp.reduce(others, axis=1) - total[:, 0]  # for the largest, which may be almost 1
     entropy = -p * log_rest
     entropy[rows, labels] = -np.exp(log_rest[rows, labels]) * log_p[rows, labels]
     return np.where(labels < 0, np.nan, -entropy.sum(axis=1))
@@ -216,7 +228,7 @@ def zlib_score(scores: TokenScores, compressed_bytes: np.ndarray) -> np.ndarray:
     Reference: Carlini et al. 2021 (zlib entropy), sign turned so that higher means member.
     """
     score = scores.per_record(scores.log_prob) / compressed_bytes
-    return np.where(scores.per_record(np.ones(len(scores.record))) > 0, score, np.nan)
+    return np.where(scores.n_scored > 0, score, np.nan)
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -259,11 +271,10 @@ def bootstrap_attack(
     areas: list[np.ndarray] = []
     rates: list[list[np.ndarray]] = [[] for _ in fprs]
     # Blocks are cut by the larger side, so that a block of weights stays small; equal cuts keep the two in step.
-    rows = max(1, min(n_resamples, _WEIGHTS_AT_ONCE // max(len(members), len(others), 1)))
-    for block, start in enumerate(range(0, n_resamples, rows)):
-        b = min(rows, n_resamples - start)
-        drawn_m = np.concatenate(list(unit_multiplicities(n_unit_m, b, seed + 2 * block)))
-        drawn_n = np.concatenate(list(unit_multiplicities(n_unit_n, b, seed + 2 * block + 1)))
+    rows = max(1, _WEIGHTS_AT_ONCE // max(len(members), len(others), 1))
+    draws = (unit_multiplicities(n, n_resamples, s, rows) for n, s in ((n_unit_m, seed), (n_unit_n, seed + 1)))
+    for drawn_m, drawn_n in zip(*draws, strict=True):
+        b = len(drawn_m)
         weight_n = drawn_n[:, unit_n]  # [b, n]
         above = np.concatenate([np.zeros((b, 1)), np.cumsum(drawn_m[:, unit_m], axis=1)], axis=1)  # [b, m + 1]
         total_m, passed = above[:, -1], np.cumsum(weight_n, axis=1)

@@ -24,9 +24,10 @@ from dpmed.data.sources import Table, read_table
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec, label_option_ids
 from dpmed.errors import InputError
 from dpmed.memorization.generation import context_size
-from dpmed.memorization.intervals import Measure, bootstrap_ratio, dense_units, rate_by_unit, wilson
-from dpmed.memorization.paired import paired_mean_difference, paired_rate_difference
-from dpmed.memorization.scoring import Progress, score_records
+from dpmed.memorization.intervals import HigherIs, Measure, bootstrap_ratio, dense_units, rate_by_unit, wilson
+from dpmed.memorization.paired import Cases, paired_differences
+from dpmed.memorization.scoring import Progress, kept_scores
+from dpmed.memorization.statistics import weights_fingerprint
 from dpmed.utility import label_scores
 
 if TYPE_CHECKING:
@@ -201,6 +202,8 @@ def score_choices(
     seed: int = 0,
     max_length: int | None = None,
     batch_tokens: int = 8192,
+    folder: Path | None = None,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> ChoiceScores:
     """Ask a causal language model all items in all forms.
@@ -213,6 +216,8 @@ def score_choices(
         seed: of these orders, so that two models are asked the same.
         max_length: tokens that the model may read, its own context by default; longer items lose their beginning.
         batch_tokens: padded tokens per forward pass; memory only.
+        folder: private folder for finished batches, so that a killed pass goes on where it stopped; None keeps nothing.
+        weights: the model's `weights_fingerprint`, where it was taken already.
         progress: called with (sequences done, all sequences) of each of the three forms.
 
     Raises: InputError without items, if options and answer alone are longer than the context, if two letters or two
@@ -223,9 +228,12 @@ def score_choices(
     limit = max_length or context_size(model) or _CONTEXT
     width = max(len(item.options) for item in items)
     orders = option_orders(items, n_shuffles, seed)
-    text, n_tokens, cut = _text_scores(model, tokenizer, items, width, limit, batch_tokens, progress)
+    if folder is not None:
+        weights = weights or weights_fingerprint(model)
+    how: dict[str, Any] = {"batch_tokens": batch_tokens, "weights": weights, "progress": progress}
+    text, n_tokens, cut = _text_scores(model, tokenizer, items, width, limit, folder, how)
     letters = [
-        _letter_scores(model, tokenizer, items, orders, width, limit, batch_tokens, progress, without_answer=without)
+        _letter_scores(model, tokenizer, items, orders, width, limit, folder, how, without_answer=without)
         for without in (False, True)
     ]
     n_cut = int((cut | letters[0][1]).sum())
@@ -238,8 +246,8 @@ def _text_scores(
     items: Sequence[ChoiceItem],
     width: int,
     limit: int,
-    batch_tokens: int,
-    progress: Progress | None,
+    folder: Path | None,
+    how: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Log-probability and tokens of each option's text after its question, [i, o]; which items were cut, [i].
 
@@ -261,9 +269,7 @@ def _text_scores(
             examples.append(Example(len(examples), row, 0, prompt + ids, start, end, end, (), (), None))
             places.append((row, column))
     encoded = EncodedRecords(examples, [str(row) for row in range(len(items))], len(examples))
-    scores = score_records(
-        model, encoded, TaskSpec(max_length=limit), tokenizer, batch_tokens=batch_tokens, progress=progress
-    )
+    scores = kept_scores(model, encoded, TaskSpec(max_length=limit), tokenizer, folder, "choices", **how)
     rows, columns = np.array(places).T
     text, n_tokens = np.full((len(items), width), -np.inf), np.ones((len(items), width), dtype=np.int64)
     text[rows, columns] = scores.per_record(scores.log_prob)
@@ -278,8 +284,8 @@ def _letter_scores(
     orders: Sequence[np.ndarray],
     width: int,
     limit: int,
-    batch_tokens: int,
-    progress: Progress | None,
+    folder: Path | None,
+    how: dict[str, Any],
     *,
     without_answer: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -299,7 +305,7 @@ def _letter_scores(
         cut[row] |= len(kept) < len(ids)
         examples.append(Example(number, row, 0, kept, 0, len(kept), len(kept), (), (), None))
     encoded = EncodedRecords(examples, [str(row) for row in range(len(items))], len(examples))
-    by_letter = label_scores(model, encoded, tokenizer, spec, batch_tokens=batch_tokens, progress=progress)
+    by_letter = label_scores(model, encoded, tokenizer, spec, folder=folder, **how)
     by_option = np.full((len(items), n_orders, width), -np.inf)
     for row, own in enumerate(orders):
         for s, order in enumerate(own):
@@ -370,10 +376,8 @@ def choice_figures(
     n_options = np.array([len(item.options) for item in items])
     figures["chance"] = float((1 / n_options).mean())
     if base is not None:
-        of_base = _outcomes(base, answers)
-        figures["minus_base"] = {
-            name: _difference(name, own[name], of_base[name], units, bootstrap, seed) for name in own
-        }
+        pair = ({n: Cases(v, units, _higher_is(n)) for n, v in of.items()} for of in (own, _outcomes(base, answers)))
+        figures["minus_base"] = paired_differences(*pair, bootstrap=bootstrap, seed=seed)
     counts = {
         "n_items": len(items),
         "n_items_cut": scores.n_items_cut,
@@ -408,8 +412,12 @@ def _outcomes(scores: ChoiceScores, answers: np.ndarray) -> dict[str, np.ndarray
     return found
 
 
+def _higher_is(name: str) -> HigherIs:
+    return "worse" if name in _HIGHER_IS_WORSE else "better"
+
+
 def _figure(name: str, values: np.ndarray, units: np.ndarray, bootstrap: int, seed: int) -> Measure:
-    higher_is = "worse" if name in _HIGHER_IS_WORSE else "better"
+    higher_is = _higher_is(name)
     if values.dtype == bool:
         return rate_by_unit(values, units, higher_is, bootstrap, seed)
     low, high = bootstrap_ratio(values, np.ones(len(values)), units, bootstrap, seed)
@@ -418,10 +426,3 @@ def _figure(name: str, values: np.ndarray, units: np.ndarray, bootstrap: int, se
         n_units = len(np.unique(units))
         low, high = wilson(value * n_units, n_units)
     return Measure(value, min(low, value), max(high, value), len(values), higher_is)
-
-
-def _difference(name: str, own: np.ndarray, base: np.ndarray, units: np.ndarray, bootstrap: int, seed: int) -> Any:
-    higher_is = "worse" if name in _HIGHER_IS_WORSE else "better"
-    if own.dtype == bool:
-        return paired_rate_difference(own, base, units, higher_is, bootstrap=bootstrap, seed=seed)
-    return paired_mean_difference(own, base, units, higher_is, bootstrap=bootstrap, seed=seed)

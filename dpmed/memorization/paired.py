@@ -7,6 +7,9 @@ models share. The difference is therefore taken record by record, and each resam
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -119,6 +122,59 @@ def paired_mean_difference(
     value = float((weight * difference).sum() / weight.sum())
     low, high = min(low, value), max(high, value)  # a bound that is not a number stays so: it stands first
     return Measure(value, low, high, int(both.sum()), higher_is, {"n_left_out": int((~both).sum())})
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """What one model did in each case, before any rate is taken: what a figure of two models is made of."""
+
+    values: np.ndarray
+    """Success of each case, bool [r]; or a value, float [r], NaN where there is none."""
+    units: np.ndarray
+    """Unit of each case, int [r]."""
+    higher_is: HigherIs
+
+
+Outcomes = Mapping[str, "Cases | NotApplicable | Outcomes"]
+"""A tree of figures with the cases that each is made of."""
+
+
+def paired_differences(first: Outcomes, second: Outcomes, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Every figure of the first model minus that of the second, on the same cases.
+
+    Args:
+        first, second: trees of the same keys, from the same records and the same settings.
+
+    Returns: a tree of the same keys: `paired_rate_difference` of successes, `paired_mean_difference` of values, and the
+    reason where one of the two models has none, or there is no case.
+    Raises: ValueError if keys, cases or units of the two differ.
+    """
+    if set(first) != set(second):
+        raise ValueError("the figures of the two models are not the same ones")
+    found: dict[str, Any] = {}
+    for name, own in first.items():
+        other = second[name]
+        missing = next((each for each in (own, other) if isinstance(each, NotApplicable)), None)
+        if missing is not None:
+            found[name] = missing
+        elif isinstance(own, Cases) and isinstance(other, Cases):
+            found[name] = _difference(own, other, bootstrap, seed)
+        elif isinstance(own, Mapping) and isinstance(other, Mapping):
+            found[name] = paired_differences(own, other, bootstrap=bootstrap, seed=seed)
+        else:
+            raise ValueError(f"{name} is a figure of one model and a group of figures of the other")
+    return found
+
+
+def _difference(first: Cases, second: Cases, bootstrap: int, seed: int) -> Measure | NotApplicable:
+    if not np.array_equal(first.units, second.units) or first.values.dtype != second.values.dtype:
+        raise ValueError("the cases of the two models are not the same ones")
+    if len(first.values) == 0:
+        return NotApplicable("no case was tested")
+    pair = (first.values, second.values, first.units, first.higher_is)
+    if first.values.dtype == bool:
+        return paired_rate_difference(*pair, bootstrap=bootstrap, seed=seed)
+    return paired_mean_difference(*pair, bootstrap=bootstrap, seed=seed)
 
 
 def _check(first: np.ndarray, second: np.ndarray, units: np.ndarray) -> None:

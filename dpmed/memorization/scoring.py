@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from dpmed.data.output_layer import input_of, output_layer
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
 from dpmed.errors import InputError
 from dpmed.memorization.statistics import ScoreParts, TokenScores, scores_fingerprint, text_starts, weights_fingerprint
-from dpmed.memorization.vocabulary import Sampling, TokenStatistics, token_statistics
+from dpmed.memorization.vocabulary import Columns, Sampling, TokenStatistics, token_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,8 +48,8 @@ class _Pass:
     """One run of one window through the model."""
 
     example: int
-    scored: np.ndarray
-    """Positions in the window whose tokens this pass scores."""
+    scored: range | np.ndarray
+    """Positions in the window whose tokens this pass scores, int32 where it is no range."""
 
 
 def score_records(
@@ -96,7 +97,7 @@ def score_records(
     with evaluating(model):
         states_of = _StatesOf(model, where, causal=spec.kind == "causal_lm")
         budget = states_of.affordable(batch_tokens)
-        writer = _PartWriter(parts, budget)
+        writer = PartWriter(parts, budget)
         finished = writer.restore(kept)
         done = 0
         for number, chosen in enumerate(length_batches([len(encoded[p.example].input_ids) for p in passes], budget)):
@@ -106,12 +107,13 @@ def score_records(
                 examples = [encoded[p.example] for p in batch]
                 input_ids, attention = pad(examples, pad_token_id(tokenizer))
                 rows = np.repeat(np.arange(len(batch)), [len(p.scored) for p in batch])
-                columns = np.concatenate([p.scored for p in batch])
+                columns = np.concatenate([np.asarray(p.scored, dtype=np.int64) for p in batch])
                 targets = input_ids[rows, columns]
                 if mask_id is not None:
                     input_ids[rows, columns] = mask_id
                 states = states_of(input_ids, attention)[rows, columns - shift]  # [scored, d]
-                at = np.concatenate([starts[p.example] + p.scored - encoded[p.example].text_start for p in batch])
+                first = np.array([starts[p.example] - e.text_start for p, e in zip(batch, examples, strict=True)])
+                at = first[rows] + columns
                 for rows_done, found in _true_token_statistics(states, targets, states_of, sampling or Sampling()):
                     kept.put(at[rows_done], found)
                 if np.isnan(kept.log_prob[at]).any():
@@ -128,7 +130,7 @@ def kept_scores(
     encoded: EncodedRecords,
     spec: TaskSpec,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    folder: Path | None,
     name: str,
     *,
     sampling: Sampling | None = None,
@@ -140,28 +142,29 @@ def kept_scores(
     """`score_records`, or what an earlier call kept in `folder` of the same weights, token ids, task and sampling.
 
     Args:
-        folder: private; made with mode 0700 and files with 0600. Holds no text.
+        folder: private; made with mode 0700 and files with 0600. Holds no text. None keeps nothing.
         name: first words of the files' names.
         weights: the model's `weights_fingerprint`, where it was taken already.
 
     Raises: as `score_records`; InputError if a kept file is damaged.
     """
-    fingerprint = scores_fingerprint(weights or weights_fingerprint(model), encoded, spec, sampling or Sampling())
-    path = folder / f"{name}-{fingerprint[:16]}.safetensors"
-    if path.is_file():
-        return TokenScores.load(path, fingerprint)
-    parts = ScoreParts(folder, name, fingerprint)
-    scores = score_records(
-        model,
-        encoded,
-        spec,
-        tokenizer,
+    score = partial(
+        score_records,
+        *(model, encoded, spec, tokenizer),
         sampling=sampling,
         batch_tokens=batch_tokens,
-        parts=parts,
         progress=progress,
         device=device,
     )
+    if folder is None:
+        return score()
+    fingerprint = scores_fingerprint(weights or weights_fingerprint(model), encoded, spec, sampling or Sampling())
+    path = folder / f"{name}-{fingerprint[:16]}.safetensors"
+    parts = ScoreParts(folder, name, fingerprint)
+    if path.is_file():
+        parts.remove()  # of a pass that was killed between the two last lines below
+        return TokenScores.load(path, fingerprint)
+    scores = score(parts=parts)
     scores.save(path, fingerprint)
     parts.remove()
     return scores
@@ -264,7 +267,7 @@ def pad(examples: Sequence[Example], pad_id: int) -> tuple[np.ndarray, np.ndarra
 
 def _causal_passes(encoded: EncodedRecords) -> list[_Pass]:
     """One pass a window; a token with nothing before it is not scored."""
-    passes = [_Pass(i, np.arange(max(1, e.text_start), e.text_end)) for i, e in enumerate(encoded)]
+    passes = [_Pass(i, range(max(1, e.text_start), e.text_end)) for i, e in enumerate(encoded)]
     return [p for p in passes if len(p.scored)]
 
 
@@ -273,7 +276,8 @@ def _masked_passes(encoded: EncodedRecords) -> list[_Pass]:
     passes: list[_Pass] = []
     for i, example in enumerate(encoded):
         rounds = mask_groups(example) % MASK_ROUNDS
-        passes += [_Pass(i, example.text_start + np.flatnonzero(rounds == r)) for r in np.unique(rounds)]
+        at = (example.text_start + np.arange(len(rounds))).astype(np.int32)
+        passes += [_Pass(i, at[rounds == r]) for r in np.unique(rounds)]
     return passes
 
 
@@ -293,8 +297,13 @@ def mask_groups(example: Example) -> np.ndarray:
     return np.unique(group, return_inverse=True)[1]
 
 
-class _PartWriter:
-    """Collects finished batches and writes a part every `PART_SECONDS`; without parts it does nothing."""
+class PartWriter:
+    """Collects finished batches and writes a part every `PART_SECONDS`; without parts it does nothing.
+
+    Args:
+        parts: where.
+        budget: padded tokens per batch, which a batch's number depends on.
+    """
 
     def __init__(self, parts: ScoreParts | None, budget: int) -> None:
         self.parts = parts and replace(parts, batch_tokens=budget)
@@ -302,11 +311,11 @@ class _PartWriter:
         self.at: list[np.ndarray] = []
         self.since = time.monotonic()
 
-    def restore(self, kept: TokenStatistics) -> set[int]:
-        """Numbers of the batches that are done already; their tokens are filled in."""
+    def restore(self, kept: Columns) -> set[int]:
+        """Numbers of the batches that are done already; their entries are filled in."""
         return set() if self.parts is None else self.parts.restore(kept)
 
-    def add(self, number: int, at: np.ndarray, kept: TokenStatistics) -> None:
+    def add(self, number: int, at: np.ndarray, kept: Columns) -> None:
         if self.parts is None:
             return
         self.batches.append(number)
@@ -314,7 +323,7 @@ class _PartWriter:
         if time.monotonic() - self.since >= PART_SECONDS:
             self.write(kept)
 
-    def write(self, kept: TokenStatistics) -> None:
+    def write(self, kept: Columns) -> None:
         """Write what was collected."""
         if self.parts is not None and self.batches:
             at = np.concatenate(self.at)

@@ -7,11 +7,13 @@ on. No text and no token ids; still private, since a token's log-probability dep
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,12 +23,13 @@ from torch import nn
 
 from dpmed.data.tasks import EncodedRecords, TaskSpec
 from dpmed.errors import InputError
-from dpmed.memorization.vocabulary import Sampling, TokenStatistics
+from dpmed.memorization.vocabulary import Columns, Sampling, TokenStatistics
 from dpmed.runs import write_private
 
 _VERSION = "2"  # of the file and of what its numbers mean
 _STATISTICS = tuple(field.name for field in fields(TokenStatistics))
 _ARRAYS = ("record", "offsets", "first_window", *_STATISTICS)
+_TOKENS_AT_ONCE = 2**18
 Detail = Literal["rank", "mean", "deviation", "sampled"]
 
 
@@ -89,7 +92,34 @@ class TokenScores:
 
     def per_record(self, values: np.ndarray) -> np.ndarray:
         """Sum of one value per token over each record, float64 [r]; tokens without a log-probability count as 0."""
-        return np.bincount(self.record, weights=np.where(self.scored, values, 0), minlength=self.n_records)
+        sums = np.zeros(self.n_records)
+        for start in range(0, len(self.record), _TOKENS_AT_ONCE):
+            cut = slice(start, start + _TOKENS_AT_ONCE)
+            record, known = self.record[cut], ~np.isnan(self.log_prob[cut])
+            found = np.bincount(record - record[0], weights=np.where(known, values[cut], 0))
+            sums[record[0] : record[0] + len(found)] += found
+        return sums
+
+    @cached_property
+    def n_scored(self) -> np.ndarray:
+        """How many tokens of each record have a log-probability, float64 [r]."""
+        return self.per_record(np.broadcast_to(np.float64(1), len(self.record)))
+
+    def blocks(self) -> Iterator[TokenScores]:
+        """These scores in pieces of consecutive whole records, at least one piece: a function of the tokens of single
+        records then needs no memory that grows with the number of records. The tokens' numbers are not copied."""
+        wanted = np.arange(0, self.offsets[-1] + _TOKENS_AT_ONCE, _TOKENS_AT_ONCE)
+        edges = np.unique([0, *np.searchsorted(self.offsets, wanted[:-1], side="left"), self.n_records])
+        for first, last in itertools.pairwise(edges.tolist() if self.n_records else [0, 0]):
+            tokens = slice(self.offsets[first], self.offsets[last])
+            own = {name: getattr(self, name) for name in _STATISTICS}
+            yield replace(
+                self,
+                record=self.record[tokens] - first,
+                offsets=self.offsets[first : last + 1] - self.offsets[first],
+                first_window=self.first_window[first:last],
+                **{name: None if values is None else values[tokens] for name, values in own.items()},
+            )
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write to a safetensors file that only its owner can read, at once or not at all."""
@@ -107,7 +137,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class ScoreParts:
-    """The finished batches of one forward pass, in files that a restarted pass begins with.
+    """The finished batches of one pass of a model, in files that a restarted pass begins with.
 
     A part is written at once or not at all. Parts of another pass (weights, records, settings, size of the batches)
     are told by their fingerprint and left alone; one that another process just removed counts as not there.
@@ -121,13 +151,14 @@ class ScoreParts:
     batch_tokens: int = 0
     """Padded tokens per batch: a batch's number means nothing where batches are cut otherwise."""
 
-    def save(self, batches: list[int], at: np.ndarray, found: TokenStatistics) -> None:
-        """Keep the tokens `at` [n], which are those of the numbered batches."""
-        arrays = {"batches": np.array(batches, np.int64), "at": at} | {n: getattr(found, n) for n in _STATISTICS}
+    def save(self, batches: list[int], at: np.ndarray, found: Columns) -> None:
+        """Keep the entries `at` [n], for a language model's pass its tokens: those of the numbered batches."""
+        arrays = {"batches": np.array(batches, np.int64), "at": at}
+        arrays |= {field.name: getattr(found, field.name) for field in fields(found)}
         path = self.folder / f"{self._stem()}{batches[0]:07d}-{batches[-1]:07d}.safetensors"
         write_private(path, save(arrays, {"version": _VERSION, "fingerprint": self.fingerprint}))
 
-    def restore(self, into: TokenStatistics) -> set[int]:
+    def restore(self, into: Columns) -> set[int]:
         """Fill in what earlier passes finished, and say which batches those are.
 
         Raises: InputError if a part is damaged.
@@ -140,7 +171,7 @@ class ScoreParts:
                 continue
             finished.update(arrays.pop("batches").tolist())
             at = arrays.pop("at")
-            into.put(at, TokenStatistics(**arrays))
+            into.put(at, type(into)(**arrays))
         return finished
 
     def remove(self) -> None:
@@ -169,6 +200,16 @@ def _read_private(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
         raise InputError(f"{path.name} in the folder of scores cannot be read; delete it") from error
 
 
+def in_blocks(function: Callable[..., np.ndarray], *scores: TokenScores) -> np.ndarray:
+    """A function that gives one value per record [r], for some records at a time.
+
+    Args:
+        function: takes as many `TokenScores` as there are `scores`, of the same records.
+        scores: of one or more models, on the same tokens.
+    """
+    return np.concatenate([function(*parts) for parts in zip(*(each.blocks() for each in scores), strict=True)])
+
+
 def text_starts(encoded: EncodedRecords) -> tuple[np.ndarray, int]:
     """Where the text tokens of each window begin in the flat arrays [windows], and how many there are in all."""
     lengths = np.array([e.text_end - e.text_start for e in encoded], dtype=np.int64)
@@ -184,13 +225,21 @@ def record_units(encoded: EncodedRecords) -> np.ndarray:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of the model's weights and configuration. It reads all weights: take it once per model."""
+    """A hash of the model's weights and configuration, also of how strongly its adapters act, which no weight tells.
+
+    It reads all weights: take it once per model.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
     to_json: Callable[[], str] | None = getattr(getattr(model, "config", None), "to_json_string", None)
     digest.update(to_json().encode() if to_json is not None else b"")
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):  # a layer of LoRA: alpha / rank of each adapter, and which of them act
+            acting: Any = [] if getattr(module, "disable_adapters", False) else getattr(module, "active_adapters", [])
+            digest.update(f"{name} {sorted(scaling.items())} {list(acting)}".encode())
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import torch
@@ -31,7 +32,21 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenStatistics:
+class Columns:
+    """Equally long arrays, one entry for each of the things that are scored: what a pass fills in batch by batch."""
+
+    def take(self, at: np.ndarray) -> Self:
+        """The entries `at`, as a copy."""
+        return type(self)(*(getattr(self, field.name)[at] for field in fields(self)))
+
+    def put(self, at: np.ndarray, found: Self) -> None:
+        """Write another's entries to the positions `at`, in place."""
+        for field in fields(self):
+            getattr(self, field.name)[at] = getattr(found, field.name)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics(Columns):
     """Statistics of tokens in any order.
 
     Shapes: t = tokens.
@@ -56,15 +71,6 @@ class TokenStatistics:
         nothing = (np.full(n, np.nan, np.float32) for _ in range(4))
         log_prob, mean, deviation, sampled = nothing
         return cls(log_prob, np.zeros(n, bool), np.full(n, RANK_LIMIT, np.uint16), mean, deviation, sampled)
-
-    def take(self, at: np.ndarray) -> TokenStatistics:
-        """The tokens `at`, as a copy."""
-        return TokenStatistics(*(getattr(self, field.name)[at] for field in fields(self)))
-
-    def put(self, at: np.ndarray, found: TokenStatistics) -> None:
-        """Write another's tokens to the positions `at`, in place."""
-        for field in fields(self):
-            getattr(self, field.name)[at] = getattr(found, field.name)
 
 
 def token_statistics(logits: Tensor, targets: Tensor, sampling: Sampling) -> TokenStatistics:

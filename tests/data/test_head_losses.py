@@ -137,7 +137,11 @@ def test_the_function_equals_cross_entropy_for_any_shape_and_block(data: Any, bi
     coarse = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
     assert (got.dtype, ours.dtype) == (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(ours.double(), plain, rtol=coarse, atol=coarse)
-    torch.testing.assert_close(got.double(), expected, rtol=coarse, atol=coarse * float(expected.abs().max()) + 1e-12)
+    # The gradient is softmax - 1 times weights: where the model is certain, what is left is the rounding of that 1.
+    rounding = 10 * torch.finfo(dtype).eps * float(weight.abs().max() * factors.abs().max())
+    torch.testing.assert_close(
+        got.double(), expected, rtol=coarse, atol=coarse * float(expected.abs().max()) + rounding
+    )
 
 
 def test_without_gradients_none_is_made() -> None:

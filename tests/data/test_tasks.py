@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 
 import tiny_models
+from dpmed.data import tasks
 from dpmed.data.tasks import EncodedRecords, TaskSpec, covers, encode, label_names, label_option_ids
 from dpmed.errors import InputError
 
@@ -68,6 +70,26 @@ def test_windows_cut_the_tokens_of_a_text_exactly_and_fit(texts: list[str], kind
             ids = tokenizer.get_vocab()
             assert example.input_ids[0] == ids["[CLS]"]
             assert kind == "causal_lm" or example.input_ids[-1] == ids["[SEP]"]
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])
+def test_texts_are_tokenised_some_at_a_time_with_the_same_result(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["fever 🙂 0042", "", "naïve " * 30, "MRN", "北京 a\n\nb"]
+    whole = list(encode(records(texts), SPECIAL, spec(kind)).content())
+    monkeypatch.setattr(tasks, "_TEXTS_AT_ONCE", 2)
+    assert list(encode(records(texts), SPECIAL, spec(kind)).content()) == whole
+
+
+def test_encoded_records_take_little_more_than_a_reference_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_TEXTS_AT_ONCE", 10)
+    data, tokenizer = records(["lisinopril metformin cardiologist " * 30] * 100), tiny_models.make_tokenizer()
+    tracemalloc.start()
+    encoded = encode(data, tokenizer, spec(max_length=120))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    n_tokens = sum(encoded.lengths)
+    assert kept < 16 * n_tokens  # 8 for each place in a list, and the windows themselves
+    assert peak < 60 * n_tokens  # and a tenth of all texts in the form of the tokenizer
 
 
 def test_windows_stay_with_their_patient() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +54,30 @@ def value(tree: dict[str, Any], *keys: str) -> float:
     assert set(tree) >= {"value", "low", "high", "n", "higher_is"}
     assert tree["low"] <= tree["value"] <= tree["high"]
     return tree["value"]
+
+
+@contextmanager
+def counted_passes(model: nn.Module) -> Iterator[list[tuple[int, ...]]]:
+    """The shape of the input of each forward pass of the model, as it comes."""
+    shapes: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+def killed_at(n_batches: int, seen: list[Any]) -> Callable[..., None]:
+    """Progress that stops everything after so many reports, as Ctrl-C does."""
+
+    def progress(*done: Any) -> None:
+        seen.append(done)
+        if len(seen) == n_batches:
+            raise KeyboardInterrupt
+
+    return progress
 
 
 def every_null(tree: Any, at: str = "") -> set[str]:

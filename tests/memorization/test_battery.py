@@ -69,6 +69,16 @@ def test_what_a_classifier_cannot_leak_has_reasons():
     assert all(isinstance(figure, NotApplicable) and figure.reason for figure in nothing.values())
 
 
+def test_a_token_that_is_ruled_out_makes_no_finite_perplexity(tiny_model, tiny_tokenizer):
+    spec = TaskSpec(max_length=32)
+    members = side("train", [None] * 4, tiny_tokenizer, spec)
+    scores = score_records(tiny_model("gpt2"), members.encoded, spec, tiny_tokenizer)
+    assert isinstance(Battery(spec, SETTINGS).perplexity(members, scores), Measure)
+    scores.log_prob[3] = -np.inf
+    found = Battery(spec, SETTINGS).perplexity(members, scores)
+    assert isinstance(found, NotApplicable) and "infinite" in found.reason
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_a_model_and_its_own_copy_as_base_differ_in_nothing(tiny_model, tiny_tokenizer, kind: str):
     spec = TaskSpec("causal_lm" if kind == "gpt2" else "masked_lm", max_length=32)

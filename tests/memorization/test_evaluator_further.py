@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from datasets import Dataset
-from memorization.evaluated import FEW_CANDIDATES, SETTINGS, SPEC, every_null, records, trained, value
+from memorization.evaluated import (
+    FEW_CANDIDATES,
+    SETTINGS,
+    SPEC,
+    counted_passes,
+    every_null,
+    killed_at,
+    records,
+    trained,
+    value,
+)
 from torch import nn
 
 from dpmed.data.canaries import plant_canaries
 from dpmed.errors import InputError
+from dpmed.memorization import scoring
 from dpmed.memorization.canary_figures import Claim
 from dpmed.memorization.evaluator import MemorizationEvaluator
 from dpmed.memorization.persistence import MEMORIZED_FILE
@@ -95,3 +110,40 @@ def test_kinds_persistence_and_generated_text_stand_on_both_sides(
     assert result["counts"]["generated"]["generation"]["n_tokens_granted"] <= 80_000
     nulls = {key for key in every_null(result) if not key.startswith("settings.")}
     assert nulls <= set(result["not_applicable"])
+
+
+def test_a_killed_evaluation_goes_on_among_canaries_and_items(
+    memorised, tiny_model, tiny_tokenizer, sides, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    planted, manifest = plant_canaries(sides[0], n=20, designs=["identifiers"], repeats=[1], seed=5)
+    rows = [{"question": f"Drug number {i}?", "options": ["aspirin", "iron"], "answer": "iron"} for i in range(8)]
+    (tmp_path / "items.json").write_text(json.dumps(rows))
+    asked = replace(FEW_CANDIDATES, choices=str(tmp_path / "items.json"), batch_tokens=256)
+    base = tiny_model("llama")
+
+    def evaluated(progress: Callable[..., None] | None) -> dict[str, Any]:
+        evaluator = MemorizationEvaluator(
+            *(memorised, tiny_tokenizer),
+            base_model=base,
+            spec=SPEC,
+            settings=asked,
+            scores_dir=tmp_path / "parts",
+            progress=progress,
+        )
+        return evaluator.evaluate(planted, sides[1], manifest)
+
+    def killed(stage: str, n_batches: int) -> Callable[..., None]:
+        count = killed_at(n_batches, [])
+        return lambda name, *done: count(*done) if name == stage else None
+
+    for stage in ("multiple choice", "canaries"):
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(killed(stage, 3))
+    reports: list[str] = []
+    with counted_passes(memorised) as own, counted_passes(base) as of_base:
+        found = evaluated(lambda name, *_: reports.append(name))
+    assert set(reports) == {"canaries", "multiple choice"}  # all other passes are read from their files
+    assert of_base == [] and len(own) == 1 + reports.count("canaries") - 3
+    shutil.rmtree(tmp_path / "parts")
+    assert evaluated(None) == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from memorization.evaluated import counted_passes, killed_at
 from scipy.stats import skewnorm
 
 import tiny_models
@@ -20,6 +22,7 @@ from dpmed.data.canaries import DESIGNS, Manifest, plant_canaries
 from dpmed.data.hospital import HOSPITAL_LABELS, make_hospital
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
+from dpmed.memorization import scoring
 from dpmed.memorization.exposure import (
     FEWEST_TO_FIT,
     CanaryLosses,
@@ -233,6 +236,33 @@ def test_an_untouched_model_gives_nothing_away() -> None:
 def test_coin_scores_are_in_units_of_the_candidates_spread() -> None:
     found = losses_of([1.0, 5.0, 2.0], [[2.0, 4.0], [2.0, 4.0], [3.0, 3.0]]).coin_scores()
     assert found.tolist() == [2.0, -2.0, 0.0]  # candidates that are all the same tell nothing
+
+
+def test_one_candidate_has_no_spread_and_still_lets_the_audit_see() -> None:
+    coins = np.arange(60) % 2 == 0
+    losses = losses_of([1.0 if coin else 3.0 for coin in coins], [[2.0]] * 60)
+    assert audit_epsilon(losses.coin_scores(), coins, delta=1e-5).lower_bound > 1
+
+
+def test_killed_canaries_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    model = tiny_models.make_model("llama", initializer_range=0.3)
+    options: dict[str, Any] = {"n_candidates": 3, "batch_tokens": 500}
+    whole = canary_losses(model, MANIFEST, SPEC, TOKENIZER, **options)
+    n_batches: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        canary_losses(model, MANIFEST, SPEC, TOKENIZER, **options, folder=tmp_path, progress=killed_at(3, []))
+    with counted_passes(model) as passes:
+        found = canary_losses(
+            model, MANIFEST, SPEC, TOKENIZER, **options, folder=tmp_path, progress=lambda *_: n_batches.append(1)
+        )
+    assert len(passes) == 1 + len(n_batches) - 3  # the trial of the output layer, and what was left
+    np.testing.assert_array_equal(found.canary, whole.canary)
+    np.testing.assert_array_equal(found.candidates, whole.candidates)
+    secrets = [secret for canary in MANIFEST.canaries for secret in canary.secret.values()]
+    assert not any(s.encode() in path.read_bytes() for path in tmp_path.iterdir() for s in secrets)
+    other = canary_losses(model, MANIFEST, SPEC, TOKENIZER, **options, seed=1, folder=tmp_path)
+    assert not np.array_equal(other.candidates, whole.candidates)  # other candidates are not what was kept
 
 
 def test_a_classifier_is_scored_by_the_canaries_labels() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -96,6 +97,24 @@ def test_multiplicities_are_draws_of_whole_patients():
     assert np.all(blocks.sum(axis=1) == 5)
     assert blocks.mean() == 1.0
     assert blocks.var() == pytest.approx(5 * 0.2 * 0.8, rel=0.05)  # multinomial
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_draws_are_the_same_however_the_blocks_are_cut(at_once: int):
+    one = np.concatenate(list(unit_multiplicities(37, 100, seed=5)))
+    np.testing.assert_array_equal(np.concatenate(list(unit_multiplicities(37, 100, 5, at_once))), one)
+
+
+def test_the_bootstraps_memory_does_not_grow_with_the_records():
+    def peak(n: int) -> int:
+        values, units = np.ones(n), np.arange(n) // 2
+        tracemalloc.start()
+        bootstrap_ratio(values, values, units, 300, seed=0)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(40_000) < peak(4_000) + 36_000 * 64  # a few numbers per record, not one per record and resample
 
 
 def test_the_vectorised_bootstrap_agrees_with_the_plain_one():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 import zlib
 from dataclasses import replace
 
@@ -194,6 +195,21 @@ def test_a_certain_classifier_stays_finite():
     assert np.isfinite(wrong) and wrong < -900
 
 
+def test_modified_entropy_of_many_labels_equals_the_plain_formula_and_takes_no_square_of_them():
+    logits = np.random.default_rng(0).normal(0, 3, size=(50, 400))
+    labels = np.arange(50) * 7
+    tracemalloc.start()
+    found = modified_entropy_score(logits, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for row in range(50):
+        p = np.exp(logits[row]) / np.exp(logits[row]).sum()
+        true = p[labels[row]]
+        entropy = -(1 - true) * np.log(true) - sum(q * np.log(1 - q) for i, q in enumerate(p) if i != labels[row])
+        assert found[row] == pytest.approx(-entropy)
+    assert peak < 20 * logits.nbytes
+
+
 @pytest.mark.parametrize("share", [0.0, 1.5])
 def test_min_k_needs_a_share(share: float):
     with pytest.raises(ValueError, match="share"):
@@ -248,7 +264,7 @@ def test_the_weighted_bootstrap_equals_the_attack_on_the_resampled_records(decim
     members, others = rng.normal(1, 1, 30).round(decimals), rng.normal(0, 1, 24).round(decimals)
     own = sides(members, others, per_unit=3)
     weights = {10: rng.integers(1, 4, size=(6, 10)), 8: rng.integers(0, 3, size=(6, 8)) + np.eye(6, 8, dtype=int)}
-    monkeypatch.setattr("dpmed.memorization.membership.unit_multiplicities", lambda n, b, seed: iter([weights[n]]))
+    monkeypatch.setattr("dpmed.memorization.membership.unit_multiplicities", lambda n, *_: iter([weights[n]]))
     monkeypatch.setattr("dpmed.memorization.membership.percentile_interval", lambda values: values)
     areas, (at_10, at_50) = bootstrap_attack(own, [0.1, 0.5], 6, 0)
     for i in range(6):
@@ -283,6 +299,20 @@ def test_blocks_of_resamples_are_drawn_apart(monkeypatch):
     low, high = bootstrap_attack(own, [], 2_000, 0)[0]
     expected = 2 * 1.96 * np.sqrt(401 / (12 * 200**2))  # Mann-Whitney under equal distributions
     assert high - low == pytest.approx(expected, rel=0.1)
+
+
+def test_the_memory_of_an_attacks_interval_does_not_grow_with_resamples_times_records():
+    rng = np.random.default_rng(1)
+
+    def peak(n: int) -> int:
+        own = sides(rng.normal(size=n), rng.normal(size=n))
+        tracemalloc.start()
+        bootstrap_attack(own, [0.1], 200, 0)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(20_000) < peak(2_000) + 18_000 * 200
 
 
 def test_separated_sides_keep_an_interval():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from memorization.evaluated import counted_passes, killed_at
 
 import tiny_models
 from dpmed.errors import InputError
+from dpmed.memorization import scoring
 from dpmed.memorization.intervals import Measure, figures_json
 from dpmed.memorization.multiple_choice import (
     ChoiceItem,
@@ -164,6 +168,33 @@ def test_scores_equal_a_slow_loop(tiny_model, tiny_tokenizer, kind: tiny_models.
                     assert scores[i, s, o] == pytest.approx(truth, abs=1e-3)
         assert np.isneginf(found.text[i, width:]).all()
         assert np.isneginf(found.letter[i, :, width:]).all() and np.isneginf(found.missing[i, :, width:]).all()
+
+
+@pytest.mark.parametrize("n_done", [2, 5, 8])
+def test_killed_items_go_on_where_they_stopped(
+    tiny_model, tiny_tokenizer, tmp_path: Path, monkeypatch, n_done: int
+) -> None:
+    """Killed among the options' texts, the letters, and the letters without the right option: three batches each."""
+    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    model, other = (tiny_model("llama", initializer_range=0.3, seed=seed) for seed in (0, 1))
+    ask = partial(score_choices, tokenizer=tiny_tokenizer, items=ITEMS, n_shuffles=1, batch_tokens=100)
+    whole, seen = ask(model), []
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, folder=tmp_path, progress=killed_at(n_done, seen))
+    assert len(seen) == n_done
+    with counted_passes(model) as passes:
+        found = ask(model, folder=tmp_path)
+    assert len(passes) == 9 - n_done + (1 if n_done < 3 else 0)  # the output layer is tried where texts are left
+    for field in fields(ChoiceScores):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(whole, field.name))
+    words = [option for item in ITEMS for option in item.options]
+    assert not any(word.encode() in path.read_bytes() for path in tmp_path.iterdir() for word in words)
+    with counted_passes(model) as passes:
+        ask(model, folder=tmp_path)
+    assert passes == []
+    with counted_passes(other) as passes:
+        assert not np.array_equal(ask(other, folder=tmp_path).letter, whole.letter)
+    assert len(passes) == 10  # nothing of another model's is taken
 
 
 def test_a_long_item_loses_its_beginning_and_is_counted(tiny_model, tiny_tokenizer) -> None:

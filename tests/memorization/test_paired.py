@@ -10,6 +10,9 @@ from scipy.stats import binom, norm
 
 from dpmed.memorization.intervals import Measure, NotApplicable, wilson
 from dpmed.memorization.paired import (
+    Cases,
+    Outcomes,
+    paired_differences,
     paired_mean_difference,
     paired_rate_difference,
 )
@@ -150,3 +153,36 @@ def test_cases_that_do_not_pair_are_refused(first: list[int], second: list[int],
 def test_weights_below_zero_are_refused() -> None:
     with pytest.raises(ValueError, match="weights"):
         paired_mean_difference(np.ones(2), np.zeros(2), np.arange(2), "worse", weights=np.array([1.0, -1.0]))
+
+
+def test_a_tree_of_figures_is_compared_leaf_by_leaf() -> None:
+    """Leaks of the same values: of one patient with two values and of three with one; and leaks per 1,000 samples."""
+    units = np.array([0, 0, 1, 2, 3])
+    leaked, before = np.array([1, 1, 1, 0, 0], bool), np.array([0, 0, 1, 0, 0], bool)
+    counts = np.array([2.0, 0.0, 1.0])
+
+    def tree(hits: np.ndarray, counts: np.ndarray) -> Outcomes:
+        nothing = Cases(np.empty(0, bool), np.empty(0, np.int64), "worse")
+        per_1000 = Cases(1000 * counts, np.arange(3), "worse")
+        context = {"rate": Cases(hits, units, "worse"), "per_1000_samples": per_1000, "5+": nothing}
+        return {"context": context, "free": NotApplicable("no budget")}
+
+    found = paired_differences(tree(leaked, counts), tree(before, 0 * counts), bootstrap=200)
+    rate = found["context"]["rate"]
+    assert rate == paired_rate_difference(leaked, before, units, "worse", bootstrap=200)
+    assert rate.value == pytest.approx(0.4) and rate.n == 5
+    assert found["context"]["per_1000_samples"].value == pytest.approx(1000)
+    assert found["context"]["per_1000_samples"].low < 1000 < found["context"]["per_1000_samples"].high
+    assert found["context"]["5+"] == NotApplicable("no case was tested")
+    assert found["free"] == NotApplicable("no budget")
+
+
+def test_figures_of_other_cases_are_not_compared() -> None:
+    def tree(name: str, units: list[int], dtype: type = bool) -> Outcomes:
+        return {name: Cases(np.zeros(len(units), dtype), np.array(units), "worse")}
+
+    for other in (tree("b", [0, 1]), tree("a", [0, 2]), tree("a", [0]), tree("a", [0, 1], float)):
+        with pytest.raises(ValueError, match="not the same ones"):
+            paired_differences(tree("a", [0, 1]), other)
+    with pytest.raises(ValueError, match="a is a figure of one model"):
+        paired_differences(tree("a", [0, 1]), {"a": {}})

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 import stat
+import tracemalloc
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from dpmed.data.tasks import TaskSpec, encode
 from dpmed.errors import InputError
+from dpmed.memorization import statistics
+from dpmed.memorization.extraction import extraction_strength, greedy_extraction, suffix_log_probability
+from dpmed.memorization.membership import ez_score, min_k_plus_plus_score, min_k_score
 from dpmed.memorization.scoring import score_records
 from dpmed.memorization.statistics import ScoreParts, TokenScores, record_units, scores_fingerprint, weights_fingerprint
 from dpmed.memorization.vocabulary import Sampling, TokenStatistics
@@ -48,6 +57,78 @@ def test_sums_leave_out_what_nothing_predicts(scored):
     n_windows = np.array([len(np.flatnonzero(~scores.scored[scores.record == r])) for r in range(3)])
     np.testing.assert_array_equal(counts, np.diff(scores.offsets) - n_windows)
     np.testing.assert_allclose(scores.per_record(scores.log_prob).sum(), np.nansum(scores.log_prob), rtol=1e-5)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    at_once=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_metrics_do_not_depend_on_how_many_records_are_taken_at_once(sizes: list[int], at_once: int, seed: int):
+    rng = np.random.default_rng(seed)
+    n = sum(sizes)
+
+    def drawn() -> TokenScores:
+        log_prob = np.where(rng.random(n) < 0.2, np.nan, -rng.random(n)).astype(np.float32)
+        return TokenScores(
+            record=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+            log_prob=log_prob,
+            is_argmax=~np.isnan(log_prob) & (rng.random(n) < 0.6),
+            offsets=np.cumsum([0, *sizes]),
+            first_window=np.minimum(sizes, 6).astype(np.int32),
+            rank=np.zeros(n, np.uint16),
+            mean=-rng.random(n).astype(np.float32),
+            deviation=rng.random(n).astype(np.float32),
+            sampled=np.where(rng.random(n) < 0.1, -np.inf, -rng.random(n)).astype(np.float32),
+        )
+
+    scores, base = drawn(), drawn()
+
+    def metrics() -> list[np.ndarray]:
+        return [
+            scores.per_record(scores.log_prob),
+            min_k_score(scores, 0.3),
+            min_k_plus_plus_score(scores, 0.3),
+            ez_score(scores, base),
+            extraction_strength(scores),
+            *greedy_extraction(scores, 1, 2),
+            *suffix_log_probability(scores, 2, 2),
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "_TOKENS_AT_ONCE", 10**6)
+        whole = metrics()
+        patch.setattr(statistics, "_TOKENS_AT_ONCE", at_once)
+        parts = list(scores.blocks())
+        assert [len(part.record) for part in parts if part.n_records > 1 and len(part.record) > at_once + 9] == []
+        assert sum(part.n_records for part in parts) == len(sizes)
+        for found, expected in zip(metrics(), whole, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(
+        scores.n_scored, [np.isfinite(scores.log_prob[scores.record == r]).sum() for r in range(len(sizes))]
+    )
+
+
+def test_a_metrics_memory_does_not_grow_with_the_tokens():
+    n = 2**21
+    scores = TokenScores(
+        record=np.repeat(np.arange(n // 64, dtype=np.int32), 64),
+        log_prob=np.full(n, -1, np.float32),
+        is_argmax=np.ones(n, bool),
+        offsets=np.arange(0, n + 1, 64),
+        first_window=np.full(n // 64, 64, np.int32),
+    )
+    for metric in (
+        lambda: scores.per_record(scores.log_prob),
+        lambda: min_k_score(scores, 0.2),
+        lambda: extraction_strength(scores),
+        lambda: greedy_extraction(scores, 30, 30),
+    ):
+        tracemalloc.start()
+        metric()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 12 * n  # one float64 per token and a bit; the whole takes several
 
 
 def test_a_file_gives_back_what_was_saved_and_only_its_owner_reads_it(scored, tmp_path: Path):
@@ -157,3 +238,17 @@ def test_scores_without_details_say_so():
     bare = TokenScores(np.zeros(1, np.int32), np.zeros(1), np.ones(1, bool), np.array([0, 1]), np.ones(1, np.int32))
     with pytest.raises(ValueError, match="no rank"):
         bare.detail("rank")
+
+
+def test_the_same_adapter_weights_at_another_strength_are_another_model(tiny_model):
+    def adapted(alpha: int) -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+        return get_peft_model(tiny_model("llama"), config)
+
+    model = adapted(8)
+    first = weights_fingerprint(model)
+    assert weights_fingerprint(adapted(8)) == first
+    assert weights_fingerprint(adapted(64)) != first
+    model.base_model.disable_adapter_layers()
+    assert weights_fingerprint(model) != first
