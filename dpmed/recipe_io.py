@@ -141,6 +141,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "identifier_extraction_above_floor",
             "extraction_above_floor",
             "membership_auc",
+            "membership_above_floor",
             "after_relearning",
             "after_quantisation",
             "utility_loss",

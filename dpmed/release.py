@@ -191,7 +191,7 @@ class _Gate:
         model = self._load(self.weights, merge=False)
         found = self._evaluated(model, self._floor(), self.members)
         rates = limits.max_extraction_above_floor, limits.max_identifier_extraction_above_floor
-        rows = leak_rows(stage, found, rates, limits.max_membership_auc)
+        rows = leak_rows(stage, found, rates, limits.max_membership_auc, limits.max_membership_above_floor)
         return [*rows, *self._prompted(stage, model)]
 
     def rounded(self, stage: str, rounding: Callable[[nn.Module], int]) -> list[Row]:
@@ -199,7 +199,7 @@ class _Gate:
         rounding(model)
         found = self._evaluated(model, self._floor(), self.members)
         rates = limits.max_after_quantisation, limits.max_after_quantisation
-        return leak_rows(stage, found, rates, limits.max_membership_auc)
+        return leak_rows(stage, found, rates, limits.max_membership_auc, limits.max_membership_above_floor)
 
     def relearned(self) -> list[Row]:
         seed = self.recipe.training.seed
@@ -251,7 +251,7 @@ class _Gate:
             floor = trained(floor)
         found = self._evaluated(trained(self._load(self.weights)), floor, others, own_floor=True)
         rates = limits.max_after_relearning, limits.max_after_relearning
-        return leak_rows(stage, found, rates, limits.max_membership_auc)
+        return leak_rows(stage, found, rates, limits.max_membership_auc, limits.max_membership_above_floor)
 
     def _evaluated(
         self, model: nn.Module, floor: nn.Module | None, members: Dataset, *, own_floor: bool = False

@@ -19,6 +19,7 @@ from dpmed.memorization.prompt_probes import PROBES
 NO_FLOOR = "no floor was given: name the model before fine-tuning (model.base) or a clean retrain"
 NO_INTERVAL = "too few patients for an interval"
 NO_ATTACK = "no attack could be made"
+NO_LIMIT = "release.max_membership_auc is null"
 ROW_KEYS = ("extraction_rate", "identifier_extraction")
 
 
@@ -46,14 +47,21 @@ def decide(stage: str, check: str, figure: Measure | Mapping[str, Any] | NotAppl
     return {**row, **{key: found[key] for key in ("value", "low", "high", "n")}, "verdict": verdict}
 
 
-def leak_rows(stage: str, found: Mapping[str, Any], limits: tuple[float, float], max_auc: float) -> list[Row]:
+def leak_rows(
+    stage: str,
+    found: Mapping[str, Any],
+    limits: tuple[float, float],
+    max_auc: float | None,
+    max_auc_above_floor: float,
+) -> list[Row]:
     """The verdicts on one evaluation: both rates above the floor and above held-out records, and membership.
 
     Args:
         stage: what was done to the model first.
         found: result of `MemorizationEvaluator.evaluate` with the floor as base model.
         limits: thresholds of (p, n) extraction and of identifier extraction.
-        max_auc: threshold of the strongest membership attack.
+        max_auc: threshold of the strongest membership attack; None does not test it.
+        max_auc_above_floor: threshold of the strongest one above the floor's, of those that need no reference model.
     """
     memorization, heldout = found["memorization"], found["reference"]["heldout"]
     reasons, above, rows = found["not_applicable"], memorization["minus_base"], list[Row]()
@@ -67,15 +75,35 @@ def leak_rows(stage: str, found: Mapping[str, Any], limits: tuple[float, float],
         difference = unpaired_difference(memorization[rate], heldout[rate])
         rows.append(decide(stage, f"{name}_above_heldout", difference or NotApplicable(why), limit))
     areas = {name: attack["auc"] for name, attack in memorization["membership"].items() if attack}
-    return [*rows, membership_row(stage, areas, max_auc)]
+    base = found["reference"]["base_model"]
+    of_floor = {} if base is None else base["memorization"]["membership"]
+    above_floor = {
+        name: unpaired_difference(area, of_floor[name]["auc"]) for name, area in areas.items() if of_floor.get(name)
+    }
+    return [
+        *rows,
+        decide(stage, "membership_auc", NotApplicable(NO_LIMIT), 1.0)
+        if max_auc is None
+        else membership_row(stage, areas, max_auc),
+        membership_row(stage, above_floor, max_auc_above_floor, check="membership_auc_above_floor", floor=base),
+    ]
 
 
-def membership_row(stage: str, areas: Mapping[str, Mapping[str, Any] | None], max_auc: float) -> Row:
+def membership_row(
+    stage: str,
+    areas: Mapping[str, Mapping[str, Any] | None],
+    max_auc: float,
+    *,
+    check: str = "membership_auc",
+    floor: object = True,
+) -> Row:
     """The verdict on the strongest of several membership attacks.
 
     Args:
-        areas: JSON of each attack's AUC with its 95 % interval.
+        areas: JSON of each attack's AUC with its 95 % interval, or of its difference from the floor's.
         max_auc: threshold.
+        check: name of the row.
+        floor: None says that there is none to compare with.
 
     Returns: `value` is the largest AUC, which errs upwards, since it was chosen. The interval is of the AUC of the
     attack that is strongest in truth. Its upper limit is the largest of all upper limits: every attack must pass, and
@@ -88,18 +116,18 @@ def membership_row(stage: str, areas: Mapping[str, Mapping[str, Any] | None], ma
     """
     known = {name: area for name, area in areas.items() if area is not None}
     if not known:
-        return decide(stage, "membership_auc", NotApplicable(NO_ATTACK), max_auc)
+        return decide(stage, check, NotApplicable(NO_FLOOR if floor is None else NO_ATTACK), max_auc)
     strongest = max(known, key=lambda name: known[name]["value"])
     stretch = float(norm.ppf(1 - 0.025 / len(known))) / Z_95
     lows = [a["value"] - stretch * (a["value"] - a["low"]) for a in known.values() if a["low"] is not None]
     highs = [a["high"] for a in known.values()]
     figure = {
         "value": known[strongest]["value"],
-        "low": max(0.0, *lows) if lows else None,
+        "low": max(lows) if lows else None,
         "high": None if None in highs else max(highs),
         "n": known[strongest]["n"],
     }
-    return decide(stage, "membership_auc", figure, max_auc) | {"attack": strongest, "n_attacks": len(known)}
+    return decide(stage, check, figure, max_auc) | {"attack": strongest, "n_attacks": len(known)}
 
 
 def prompt_rows(

@@ -15,8 +15,10 @@ from dpmed.memorization.intervals import Measure, NotApplicable, wilson
 from dpmed.memorization.prompt_probes import PROBES
 from dpmed.release_rows import (
     NO_ATTACK,
+    NO_FLOOR,
     NO_INTERVAL,
     decide,
+    leak_rows,
     membership_row,
     prompt_rows,
     unpaired_difference,
@@ -142,3 +144,41 @@ def test_prompts_that_were_not_asked_say_why() -> None:
         rows = prompt_rows("s", figures, {}, 0.01)
         assert len(rows) == 4
         assert {(row["verdict"], row["reason"]) for row in rows} == {("not_tested", "not asked")}
+
+
+def evaluation(auc: float, floor: float | None) -> dict[str, Any]:
+    def side(area: float | None) -> dict[str, Any]:
+        return {"loss": None if area is None else {"auc": json_of(area, area - 0.02, area + 0.02)}, "ez": None}
+
+    rate = json_of(0.0, 0.0, 0.001)
+    return {
+        "memorization": {
+            "minus_base": None,
+            "membership": side(auc) | {"reference": {"auc": json_of(0.99, 0.98, 1.0)}},
+            **dict.fromkeys(("extraction_rate", "identifier_extraction_rate"), rate),
+        },
+        "reference": {
+            "heldout": dict.fromkeys(("extraction_rate", "identifier_extraction_rate"), rate),
+            "base_model": None if floor is None else {"memorization": {"membership": side(floor)}},
+        },
+        "not_applicable": {"memorization.minus_base": "no base"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("auc", "floor", "verdict"), [(0.8, 0.81, "pass"), (0.8, 0.6, "fail"), (0.8, None, "not_tested")]
+)
+def test_membership_stands_above_what_the_floor_shows_too(auc: float, floor: float | None, verdict: str) -> None:
+    """A clean retrain learned from the same records, so its membership is no leak of the checkpoint's own."""
+    rows = {row["check"]: row for row in leak_rows("s", evaluation(auc, floor), (0.01, 0.01), 0.55, 0.05)}
+    row = rows["membership_auc_above_floor"]
+    assert row["verdict"] == verdict and rows["membership_auc"]["verdict"] == "fail"
+    if floor is None:
+        assert row["reason"] == NO_FLOOR
+    else:
+        assert row["attack"] == "loss" and row["value"] == pytest.approx(auc - floor)  # not reference
+
+
+def test_an_auc_without_a_limit_is_not_tested() -> None:
+    rows = {row["check"]: row for row in leak_rows("s", evaluation(0.8, 0.8), (0.01, 0.01), None, 0.05)}
+    assert rows["membership_auc"]["verdict"] == "not_tested" and "null" in rows["membership_auc"]["reason"]

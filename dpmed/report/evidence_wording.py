@@ -49,6 +49,11 @@ CHECKS = {
         "plain",
         is_difference=False,
     ),
+    "membership_auc_above_floor": CheckWords(
+        "Membership attack, the strongest (AUC), above the floor model",
+        "How much better an attacker tells targeted patients' records from held-out ones than with the floor model.",
+        "plain",
+    ),
     "templates_prompts_above_decoys": CheckWords(
         "Identifiers written when prompted by templates, above decoys",
         f"{_WRITTEN} after prompts such as a form's field, minus the same share for decoys.",
