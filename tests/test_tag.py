@@ -118,6 +118,14 @@ def test_labels_and_placeholder_units(capsys: Captured, files: Path) -> None:
         load_records(files / "o" / "records.parquet", unit="unit")
 
 
+def test_dates_are_kept(capsys: Captured, files: Path) -> None:
+    rows = [row | {"seen": f"2021-0{i}-01"} for i, row in enumerate(ROWS, start=1)]
+    (files / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tag(capsys, files, "--data.date", "seen")
+    found = load_records(files / "out" / "records.parquet", date="date")
+    assert found["date"][:] == ["2021-01-01", "2021-02-01", "2021-03-01"]
+
+
 def test_an_entity_model_is_a_source_of_its_own(capsys: Captured, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Names:
         def __init__(self, folder: str) -> None:

@@ -31,7 +31,15 @@ from dpmed.memorization.battery import (
     classifier_nothing,
 )
 from dpmed.memorization.canary_figures import Claim, canary_figures, members_without_canaries, no_canaries, no_claim
-from dpmed.memorization.checks import check_model, check_records, check_settings, check_tokens, warnings_of
+from dpmed.memorization.checks import (
+    check_dates,
+    check_model,
+    check_records,
+    check_settings,
+    check_tokens,
+    record_days,
+    warnings_of,
+)
 from dpmed.memorization.further import (
     choices_of,
     generated_of,
@@ -127,6 +135,7 @@ class MemorizationEvaluator:
             model, the canaries or the earlier evaluation are of other records, or the model's output is not finite.
         """
         check_records(train, heldout)
+        check_dates(train, heldout, self.settings)
         everyone, n_planted = train, 0
         if canaries is not None:
             train, n_planted = members_without_canaries(everyone, canaries)
@@ -153,7 +162,8 @@ class MemorizationEvaluator:
             "warnings": warnings_of(
                 {side.name: side.encoded for side in (members, others)},
                 tree["memorization"],
-                matched=self.settings.match_lengths,
+                self.settings,
+                [record_days(s.records) for s in (members, others)] if "date" in train.column_names else [],
             ),
         }
 
