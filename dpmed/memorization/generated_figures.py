@@ -33,6 +33,7 @@ from dpmed.memorization.generation_plan import (
 from dpmed.memorization.intervals import NotApplicable
 from dpmed.memorization.leak_differences import Leaked
 from dpmed.memorization.leak_probes import (
+    continuations,
     decoded,
     decoy_values,
     identifier_values,
@@ -209,8 +210,12 @@ def _leakage(
             none = NotApplicable(ALL_SHARED if values.n_shared and not len(values) else job.reason or NO_VALUES)
             result[probe] = {"per_1000_samples": none} | ({} if probe == "records" else {"rate": none})
             continue
-        texts = decoded(tokenizer, outputs)
-        hits = leaks(values, decoded(tokenizer, job.prompts), texts)
+        if probe == "context":  # the identifier begins where the prompt ends, also in the middle of a word ("MRN00417")
+            texts = decoded(tokenizer, outputs)
+            prompts = [prompt + " " for prompt in decoded(tokenizer, job.prompts)]
+        else:
+            prompts, texts = continuations(tokenizer, job.prompts, outputs)
+        hits = leaks(values, prompts, texts)
         options: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": settings.seed}
         result[probe] = {"per_1000_samples": leaks_per_1000(hits, job.units, **options)}
         if probe == "records":
