@@ -54,7 +54,8 @@ def test_the_difference_from_the_base_is_paired_by_value_and_drawn_by_patient() 
     found = tree["rate"]
     assert found.value == pytest.approx(difference.mean()) and found.n == at.sum() and found.higher_is == "worse"
     low, high = bootstrap_ratio(difference, np.ones(at.sum()), OWN.unit[at], 400, 1)
-    assert (found.low, found.high) == (low, high) and 0 < low < found.value < high
+    assert found.low <= low and found.high >= high  # at least as wide as the bootstrap over patients
+    assert 0 < found.low < found.value < found.high
     won = len({u for u, d in zip(OWN.unit[at], difference, strict=True) if d > 0})  # no value leaked less than before
     assert found.extra["p_value"] == pytest.approx(binomtest(won, won).pvalue)
     for kind in ("NAME", "MRN"):
