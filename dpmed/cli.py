@@ -322,7 +322,13 @@ def _records(recipe: Recipe, source: str) -> Any:
     from dpmed.data.records import load_records
 
     data = recipe.data
-    columns = {"text": data.text, "label": data.label, "unit": data.unit, "record_id": data.record_id}
+    columns = {
+        "text": data.text,
+        "label": data.label,
+        "unit": data.unit,
+        "record_id": data.record_id,
+        "date": data.date,
+    }
     return load_records(source, **columns, identifiers=data.identifiers, multi_label=data.multi_label)
 
 

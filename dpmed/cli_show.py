@@ -145,7 +145,7 @@ def identifiers(result: Result) -> None:
         shares = [f"{n} also {other}" for other, n in counts.items() if other != "n_spans"]
         if shares:
             print(f"of {counts['n_spans']} {source} spans: {', '.join(shares)}")
-    _pattern_check(result["check"])
+    _pattern_check(result["check"], result["asq_phi"])
     unit = "--data.unit unit " if result["unit"] else ""
     print(f"tagged records: {Path(result['output_dir']) / 'records.parquet'} ({unit}--data.identifiers identifiers)")
 
@@ -190,11 +190,22 @@ def _strata(result: Result) -> list[str]:
     return list(next(iter(kinds.values()), {}))
 
 
-def _pattern_check(check: Mapping[str, Any] | None) -> None:
-    if check is None:
-        print("recall of the patterns was not measured on this data (--check); docs/identifiers.md has that on ASQ-PHI")
-        return
-    print(f"patterns on {check['n_records']} labelled records:")
+def _pattern_check(check: Mapping[str, Any] | None, asq_phi: Mapping[str, Any] | None) -> None:
+    """What the patterns are worth on labelled records of the user's, and what was measured on ASQ-PHI."""
+    if check is not None:
+        print(f"patterns on {check['n_records']} labelled records:")
+        _recall_table(check)
+    else:
+        print("recall of the patterns was not measured on this data (--check)")
+    if asq_phi is not None:
+        print(
+            f"patterns on ASQ-PHI: {asq_phi['n_records']} made-up queries, not your notes; expect less on real notes "
+            "(docs/identifiers.md)"
+        )
+        _recall_table(asq_phi)
+
+
+def _recall_table(figures: Mapping[str, Any]) -> None:
     rows = [
         (
             measure,
@@ -204,7 +215,7 @@ def _pattern_check(check: Mapping[str, Any] | None) -> None:
             f"{_number(figure['low'])} to {_number(figure['high'])}",
         )
         for measure in ("recall", "precision")
-        for kind, figure in check[measure].items()
+        for kind, figure in figures[measure].items()
         if figure is not None
     ]
     _table(("higher is better", "type", "spans", "value", "95 % interval"), rows)

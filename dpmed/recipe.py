@@ -59,6 +59,8 @@ class DataSection:
     """Column with the patient: the unit of privacy. Required by dp_lora."""
     record_id: str | None = None
     """Column that names a record; row numbers without it."""
+    date: str | None = None
+    """Column with a record's date (2021-03-14), to see whether members and non-members are of other times."""
     identifiers: str | None = None
     """Column with known identifier spans: a list of {start, end, type}."""
     canaries: str | None = None
@@ -224,6 +226,8 @@ class EvaluationSection:
     """False-positive rates at which membership attacks are reported."""
     match_lengths: bool = False
     """Membership attacks on equally many members and non-members of each length, where the two sides differ in it."""
+    match_dates: bool = False
+    """The same by date (data.date)."""
     min_k: float = 0.2
     """Share of the least likely tokens in Min-K% and Min-K%++."""
     max_records: int | None = None

@@ -37,6 +37,7 @@ def load_splits(data: DataSection, *, require_unit: bool) -> Splits:
             label=data.label,
             unit=data.unit,
             record_id=data.record_id,
+            date=data.date,
             identifiers=data.identifiers,
             multi_label=data.multi_label,
             split=split,

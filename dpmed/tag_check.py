@@ -1,11 +1,15 @@
-"""How well the patterns do on labelled text: `dpmed tag --check`, and the measurement behind docs/identifiers.md."""
+"""How well the patterns do on labelled text: `dpmed tag --check`, and what was measured on ASQ-PHI.
+
+`dpmed/data/asq_phi.json` is made by benchmarks/identifiers/asq_phi.py from its results.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ASQ_PHI_FILE = "synthetic_dataset.txt"
+MEASURED_FILE = "asq_phi.json"
+"""Among the files of dpmed.data."""
 _QUERY, _TAGS = "===QUERY===", "===PHI_TAGS==="
 
 
@@ -70,6 +76,19 @@ def _asq_phi(path: Path) -> Dataset:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{path}: not in ASQ-PHI's form ({type(error).__name__}): download the file again") from None
     return Dataset.from_dict(columns, features=record_features())
+
+
+def measured_on_asq_phi(patterns: Literal["true", "presidio"]) -> dict[str, Any] | None:
+    """Recall and precision of the patterns as measured on ASQ-PHI: figures of that data set, not of anybody's notes.
+
+    Args:
+        patterns: dpmed's own, or with Presidio's.
+
+    Returns: as `pattern_figures`, with "data": which part of which file; None if that was not measured.
+    """
+    measured = json.loads(resources.files("dpmed.data").joinpath(MEASURED_FILE).read_text(encoding="utf-8"))
+    figures = measured[patterns]
+    return None if figures is None else {"data": measured["data"], **figures}
 
 
 def pattern_figures(

@@ -124,9 +124,9 @@ def tag_folder(
         k: see `tag_identifiers`.
         check: labelled records on which the patterns are measured, see `pattern_figures`.
 
-    Returns: what `identifiers.json` holds.
+    Returns: what `identifiers.json` holds; in it `asq_phi`, what the patterns are worth on that data set.
     """
-    from dpmed.tag_check import pattern_figures
+    from dpmed.tag_check import measured_on_asq_phi, pattern_figures
 
     tagged, counts = tag_records(records, sources, unit=unit, k=k)
     checked = "presidio" if sources.patterns == "presidio" else "true"
@@ -138,6 +138,7 @@ def tag_folder(
         "k": k,
         **counts,
         "check": None if check is None else pattern_figures(check, pattern_finder(checked)),
+        "asq_phi": None if sources.patterns == "false" else measured_on_asq_phi(sources.patterns),
     }
     claim_output_dir(folder, resume=False)
     write_records(folder / RECORDS_FILE, tagged if unit else tagged.remove_columns("unit"))

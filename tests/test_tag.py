@@ -7,7 +7,8 @@ import stat
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 from datasets import Dataset
@@ -19,7 +20,7 @@ from dpmed.cli import main
 from dpmed.data.hospital import make_hospital
 from dpmed.data.records import SPAN_SOURCES, load_records, record_features
 from dpmed.errors import InputError
-from dpmed.tag_check import labelled_records, pattern_figures
+from dpmed.tag_check import labelled_records, measured_on_asq_phi, pattern_figures
 from dpmed.tagging import STRATA, TagSources, tag_records
 
 Captured = pytest.CaptureFixture[str]
@@ -117,6 +118,14 @@ def test_labels_and_placeholder_units(capsys: Captured, files: Path) -> None:
         load_records(files / "o" / "records.parquet", unit="unit")
 
 
+def test_dates_are_kept(capsys: Captured, files: Path) -> None:
+    rows = [row | {"seen": f"2021-0{i}-01"} for i, row in enumerate(ROWS, start=1)]
+    (files / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tag(capsys, files, "--data.date", "seen")
+    found = load_records(files / "out" / "records.parquet", date="date")
+    assert found["date"][:] == ["2021-01-01", "2021-02-01", "2021-03-01"]
+
+
 def test_an_entity_model_is_a_source_of_its_own(capsys: Captured, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Names:
         def __init__(self, folder: str) -> None:
@@ -152,6 +161,27 @@ def test_check_prints_what_the_patterns_are_worth(capsys: Captured, files: Path)
     assert "patterns on 1 labelled records" in text and "0.5" in text
     text, counts, _ = tag(capsys, files, name="unchecked")
     assert counts["check"] is None and "was not measured on this data (--check)" in text
+
+
+@pytest.mark.parametrize("patterns", ["true", "presidio"])
+def test_what_was_measured_on_asq_phi_is_printed_as_such(
+    capsys: Captured, files: Path, monkeypatch: pytest.MonkeyPatch, patterns: Literal["true", "presidio"]
+) -> None:
+    monkeypatch.setattr("dpmed.data.presidio.PresidioPatterns", lambda: SimpleNamespace(spans=lambda text: []))
+    text, counts, _ = tag(capsys, files, "--patterns", patterns)
+    measured = counts["asq_phi"]
+    assert measured == measured_on_asq_phi(patterns)
+    assert f"patterns on ASQ-PHI: {measured['n_records']} made-up queries, not your notes" in text
+    shown = {tuple(line.split()[:4]) for line in text.splitlines()}
+    for measure in ("recall", "precision"):
+        for kind, figure in measured[measure].items():
+            assert (measure, kind, str(figure["n"]), f"{figure['value']:.4g}") in shown
+    assert len(measured["recall"]) > 10 and measured["recall"]["all"]["low"] < measured["recall"]["all"]["value"] < 1
+
+
+def test_without_patterns_nothing_is_said_of_their_worth(capsys: Captured, files: Path) -> None:
+    text, counts, _ = tag(capsys, files, "--patterns", "false")
+    assert counts["asq_phi"] is None and "ASQ-PHI" not in text
 
 
 @pytest.mark.parametrize(

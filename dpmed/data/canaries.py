@@ -417,6 +417,9 @@ def _with_notes(records: Dataset, canaries: Sequence[Canary], rng: random.Random
     notes = [_note(canary, number) for canary in canaries for number in range(canary.repeats)]
     total = len(records) + len(notes)
     at = dict(zip(sorted(rng.sample(range(total), len(notes))), rng.sample(notes, len(notes)), strict=True))
+    if "date" in records.column_names:
+        days = list(records["date"])
+        at = {row: note | {"date": rng.choice(days)} for row, note in at.items()}
     columns: dict[str, list[Any]] = {}
     for name in records.column_names:
         old = iter(records[name][:])
@@ -426,7 +429,7 @@ def _with_notes(records: Dataset, canaries: Sequence[Canary], rng: random.Random
 
 def _check(records: Dataset, n: int, designs: Sequence[str], repeats: Sequence[int]) -> None:
     names = set(records.column_names)
-    if not set(_COLUMNS) - {"label"} <= names or not names <= set(_COLUMNS):
+    if not set(_COLUMNS) - {"label"} <= names or not names <= {*_COLUMNS, "date"}:
         raise InputError(f"canaries need records with the columns {', '.join(_COLUMNS)} (label optional): load_records")
     if n < 1:
         raise InputError(f"n is {n}: plant at least 1 canary; an audit needs a few hundred")

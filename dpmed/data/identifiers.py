@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 
@@ -127,19 +127,6 @@ def identifier_counts(records: Dataset) -> dict[str, dict[str, int]]:
     for (source, kind), count in sorted(counts.items()):
         result.setdefault(source, {})[kind] = count
     return result
-
-
-def select_spans(spans: Iterable[Span], which: Literal["direct", "indirect", "all"]) -> list[Span]:
-    """The spans of one record that are direct (found otherwise than by rarity), indirect, or all, in their order.
-
-    This is a matter of the source. Whether a type identifies by itself is another question: see `is_direct` in
-    identifier_types.py.
-
-    Raises: InputError for any other `which`.
-    """
-    if which not in ("direct", "indirect", "all"):
-        raise InputError(f"identifiers: '{which}' is none of direct, indirect, all")
-    return [span for span in spans if which == "all" or (span["source"] == "indirect") == (which == "indirect")]
 
 
 _Word = tuple[int, int, str, bool]

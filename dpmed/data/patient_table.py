@@ -8,7 +8,7 @@ last word. With `everywhere` what is long enough to be nobody else's is looked f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -128,17 +128,17 @@ def table_spans(records: Dataset, table: PatientTable, *, everywhere: bool = Fal
     n_found = 0
     for unit in known:
         looked_for = _Spellings(table.values[unit], table.day_first, parts=True)
-        hit: set[int] = set()
         for row in rows[unit]:
-            spans[row] = looked_for.find(texts[row], hit)
-        n_found += len(hit)
+            spans[row] = looked_for.find(texts[row])
+        pieces = [texts[row][span["start"] : span["end"]] for row in rows[unit] for span in spans[row]]
+        n_found += _n_found(table.values[unit], table.day_first, pieces)
     if everywhere:
         looked_for = _Spellings(
             [pair for pairs in table.values.values() for pair in pairs if _is_telling(pair[0])], table.day_first
         )
         for row, text in enumerate(texts):
             own = spans[row]
-            others = (span for span in looked_for.find(text, set()) if not any(_overlap(span, one) for one in own))
+            others = (span for span in looked_for.find(text) if not any(_overlap(span, one) for one in own))
             spans[row] = sorted([*own, *others], key=lambda span: span["start"])
     counts = {
         "n_units_in_table": len(table.values),
@@ -152,29 +152,28 @@ def table_spans(records: Dataset, table: PatientTable, *, everywhere: bool = Fal
 class _Spellings:
     """The spellings of some values, ready to be looked for."""
 
-    def __init__(
-        self, values: list[tuple[str, str]] | tuple[tuple[str, str], ...], day_first: bool, parts: bool = False
-    ):
-        found = [
-            (spelling, kind, at)
-            for at, (value, kind) in enumerate(values)
-            for spelling in spellings(value, kind, day_first)
-        ]
+    def __init__(self, values: Sequence[tuple[str, str]], day_first: bool, parts: bool = False):
+        found = [(spelling, kind) for value, kind in values for spelling in spellings(value, kind, day_first)]
         if parts:  # after the whole values, whose type goes first
-            found += [(part, kind, at) for at, (value, kind) in enumerate(values) for part in _parts(value, kind)]
+            found += [(part, kind) for value, kind in values for part in _parts(value, kind)]
         self._found = [item for item in found if _is_long_enough(item[0])]
         self._values = KnownValues([item[0] for item in self._found], [item[1] for item in self._found])
 
-    def find(self, text: str, hit: set[int]) -> list[Span]:
-        """Spans in a text; the places of the values that were found are added to `hit`."""
+    def find(self, text: str) -> list[Span]:
+        """Spans in a text, sorted, none overlapping."""
         spans: list[Span] = []
         for match in self._values.find(text):
-            spelling, kind, at = self._found[match.index]
+            spelling, kind = self._found[match.index]
             if kind in _PERSONS and " " not in spelling and text[match.start].islower():
                 continue
-            hit.add(at)
             spans.append({"start": match.start, "end": match.end, "type": kind, "source": "known"})
         return spans
+
+
+def _n_found(values: Sequence[tuple[str, str]], day_first: bool, pieces: list[str]) -> int:
+    """How many of a patient's values stand in what was found, also inside a longer one ("Anna" in "Anna Weiss")."""
+    text = " | ".join(dict.fromkeys(pieces))
+    return sum(bool(_Spellings([value], day_first, parts=True).find(text)) for value in values) if text else 0
 
 
 def spellings(value: str, kind: str, day_first: bool = False) -> list[str]:

@@ -1,8 +1,8 @@
 """Records in: csv, tsv, json, jsonl, parquet, a saved folder or the Hub become one `datasets.Dataset` in memory.
 
-Columns of the result: `text`, `label` (absent, str, or list[str]), `unit` (the patient), `record_id` and `identifiers`
-(character spans). Nothing is written to disk, and no message holds text, labels, units or identifier values:
-messages name columns, counts and rows (counted from 0, as in `records[0]`).
+Columns of the result: `text`, `label` (absent, str, or list[str]), `unit` (the patient), `record_id`, `date` (absent,
+or a day as "2021-03-14") and `identifiers` (character spans). Nothing is written to disk, and no message holds text,
+labels, units, dates or identifier values: messages name columns, counts and rows (counted from 0, as in `records[0]`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date as Day
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ SPAN_SOURCES = ("planted", "known", "pattern", "ner", "indirect")
 """How a span came about, the surest first: put there by us; brought by the user; found by a pattern, by a model, by a
 word's rarity."""
 _SPLIT_TRIALS = 20
+_DAY = re.compile(r"(?P<year>\d{4})(?:-?(?P<month>\d\d)(?:-?(?P<day>\d\d))?)?(?:[T ].*)?")
 
 
 def load_records(
@@ -37,6 +40,7 @@ def load_records(
     label: str | None = None,
     unit: str | None = None,
     record_id: str | None = None,
+    date: str | None = None,
     identifiers: str | None = None,
     multi_label: bool = False,
     split: str = "train",
@@ -53,6 +57,8 @@ def load_records(
         label: the label column. Numbers and booleans become str: 3 and 3.0 -> "3", True -> "true".
         unit: the column that names the patient. Without it each record is its own unit, "record-<row>".
         record_id: the column that names the record. Without it the row number.
+        date: the column with the record's day: 2021-03-14, 20210314, with a time behind it or not; of a month (2021-03)
+            or year (2021) the first day.
         identifiers: the column of known spans: list of {"start", "end", "type"[, "source"]}, or that as a JSON string.
             Offsets count characters (code points) of `text`, end exclusive.
         multi_label: the label is a list, or a string of labels joined by `label_separator`; "" is no label at all.
@@ -76,17 +82,20 @@ def load_records(
         columns["label"] = _labels(table, label, multi_label, label_separator)
     columns["unit"] = _names(table, unit) if unit else [f"{PLACEHOLDER_UNIT}{row}" for row in range(table.n_rows)]
     columns["record_id"] = _names(table, record_id) if record_id else [str(row) for row in range(table.n_rows)]
+    if date is not None:
+        columns["date"] = _scalars(table, date, _day, "a date such as 2021-03-14")
     columns["identifiers"] = _spans(table, identifiers, texts) if identifiers else [[] for _ in texts]
     kind = "none" if label is None else "multi" if multi_label else "single"
-    return Dataset.from_dict(columns, features=record_features(label=kind))
+    return Dataset.from_dict(columns, features=record_features(label=kind, date=date is not None))
 
 
-def record_features(*, label: str = "none") -> Features:
+def record_features(*, label: str = "none", date: bool = False) -> Features:
     """The exact columns and types of records; `label` is "none", "single" or "multi"."""
     string = Value("string")
     span = {"start": Value("int64"), "end": Value("int64"), "type": string, "source": string}
     kinds: dict[str, dict[str, Any]] = {"none": {}, "single": {"label": string}, "multi": {"label": List(string)}}
-    return Features({"text": string, **kinds[label], "unit": string, "record_id": string, "identifiers": List(span)})
+    ids = {"unit": string, "record_id": string} | ({"date": string} if date else {})
+    return Features({"text": string, **kinds[label], **ids, "identifiers": List(span)})
 
 
 # --- Columns ----------------------------------------------------------------------------------------------------------
@@ -142,6 +151,20 @@ def _scalars(table: Table, name: str, convert: Callable[[object], Any], wanted: 
 
 def _names(table: Table, name: str) -> list[str]:
     return _scalars(table, name, single_value, "a single value")
+
+
+def _day(value: object) -> str | None:
+    """A day as "2021-03-14"; None for a missing one. Raises TypeError for anything else."""
+    found = value.isoformat() if isinstance(value, Day) else single_value(value)  # a datetime is a date too
+    if found is None:
+        return None
+    match = _DAY.fullmatch(found)
+    if match is None:
+        raise TypeError
+    try:
+        return Day(int(match["year"]), int(match["month"] or 1), int(match["day"] or 1)).isoformat()
+    except ValueError:
+        raise TypeError from None
 
 
 def _label(value: object) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from dpmed.data.tasks import EncodedRecords, TaskSpec
-from dpmed.memorization.checks import text_tokens
+from dpmed.memorization.checks import record_days, text_tokens
 from dpmed.memorization.extraction import (
     exact_memorization,
     extraction_figures,
@@ -28,7 +28,7 @@ from dpmed.memorization.membership import (
     ez_score,
     loss_score,
     margin_score,
-    matched_lengths,
+    matched_records,
     min_k_plus_plus_score,
     min_k_score,
     modified_entropy_score,
@@ -55,6 +55,7 @@ CLASSIFIER_TEXT = "a classifier gives no probabilities of text"
 CLASSIFIER_BASE = "the head of a classifier is not trained before fine-tuning"
 MASKED_CONTINUES = "a masked language model does not continue a text"
 CAUSAL_FILLS = "a causal language model fills no masks; identifier_extraction is its counterpart"
+UNMATCHED = "no member and non-member of the same length or date has a score; compare sides that are more alike"
 UNLABELLED = "no record of one side has a label"
 
 
@@ -219,13 +220,18 @@ class Battery:
     def _attack(self, members: Side, others: Side, m: np.ndarray, o: np.ndarray, reason: str) -> Any:
         """One attack's figures over the records that have a score; a reason if a side has none."""
         has_m, has_o = np.isfinite(m), np.isfinite(o)
-        if self.settings.match_lengths:
-            kept = matched_lengths(text_tokens(members.encoded), text_tokens(others.encoded), seed=SEED)
-            has_m, has_o = has_m & kept[0], has_o & kept[1]
+        if self.settings.match_lengths or self.settings.match_dates:
+            kept = matched_records(*(self._properties(side) for side in (members, others)), seed=SEED)
+            has_m, has_o, reason = has_m & kept[0], has_o & kept[1], UNMATCHED
         if not has_m.any() or not has_o.any():
             return NotApplicable(reason)
         sides = Sides(m[has_m], o[has_o], members.units[has_m], others.units[has_o])
         return attack_figures(sides, self.settings.fpr, bootstrap=self.settings.bootstrap, seed=SEED)
+
+    def _properties(self, side: Side) -> list[np.ndarray]:
+        """What members and non-members are matched by, each [r]."""
+        found = [text_tokens(side.encoded)] if self.settings.match_lengths else []
+        return [*found, record_days(side.records)] if self.settings.match_dates else found
 
     def _headline(self, attacks: Mapping[str, Any]) -> dict[str, Any]:
         """The reference attack stands for all where there is a base model, else the loss attack."""

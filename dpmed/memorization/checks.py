@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FEW_RECORDS = 30
-DIFFERENT_LENGTHS = 0.001
-"""p-value of a Kolmogorov-Smirnov test below which the two sides are said to differ in length."""
+DIFFERENT = 0.001
+"""p-value of a Kolmogorov-Smirnov test below which the two sides are said to differ in length or date."""
 
 
 def check_settings(settings: EvaluationSection) -> None:
@@ -89,6 +90,20 @@ def check_records(train: Dataset, heldout: Dataset) -> None:
         )
 
 
+def check_dates(train: Dataset, heldout: Dataset, settings: EvaluationSection) -> None:
+    """Refuse to match records by date that have none.
+
+    Raises: InputError naming the key.
+    """
+    if settings.match_dates and not all("date" in records.column_names for records in (train, heldout)):
+        raise InputError("evaluation.match_dates: the records have no dates; name their column (data.date)")
+
+
+def record_days(records: Dataset) -> np.ndarray:
+    """The day of each record, counted from the year 1 [r]."""
+    return np.array([date.fromisoformat(day).toordinal() for day in records["date"]], dtype=np.int64)
+
+
 def check_tokens(model: nn.Module, encoded: EncodedRecords, what: str) -> None:
     """Refuse token ids that the model does not know, and windows longer than its context.
 
@@ -111,26 +126,32 @@ def check_tokens(model: nn.Module, encoded: EncodedRecords, what: str) -> None:
 
 
 def warnings_of(
-    encoded: Mapping[str, EncodedRecords], memorization: Mapping[str, Any], *, matched: bool = False
+    encoded: Mapping[str, EncodedRecords],
+    memorization: Mapping[str, Any],
+    settings: EvaluationSection,
+    days: Sequence[np.ndarray] = (),
 ) -> list[str]:
     """What a reader must know before believing the figures.
 
     Args:
         encoded: the two sides by name, members first.
         memorization: the figures, as `Measure`.
-        matched: whether the attacks compared equally many records of each length.
+        settings: whether the attacks compared equally many records of each length, or date.
+        days: of the records of both sides (`record_days`), where they have dates.
     """
     found = [
         f"{name}: only {side.n_records} records; the intervals are wide"
         for name, side in encoded.items()
         if side.n_records < FEW_RECORDS
     ]
-    members, others = (text_tokens(side) for side in encoded.values())
-    if not matched and float(np.asarray(ks_2samp(members, others))[1]) < DIFFERENT_LENGTHS:  # the p-value
-        found.append(
-            "train and held-out records differ in length: membership attacks may tell the two sides apart by that"
-            " alone; set evaluation.match_lengths"
-        )
+    compared = {"length": [text_tokens(side) for side in encoded.values()], "date": days}
+    for name, sides in compared.items():
+        key = f"match_{name}s"
+        if sides and not getattr(settings, key) and float(np.asarray(ks_2samp(*sides))[1]) < DIFFERENT:  # the p-value
+            found.append(
+                f"train and held-out records differ in {name}: membership attacks may tell the two sides apart by that"
+                f" alone; set evaluation.{key}"
+            )
     auc = memorization["membership_auc"]
     if isinstance(auc, Measure) and auc.high < 0.5:
         found.append(

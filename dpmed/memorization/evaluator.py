@@ -31,16 +31,27 @@ from dpmed.memorization.battery import (
     classifier_nothing,
 )
 from dpmed.memorization.canary_figures import Claim, canary_figures, members_without_canaries, no_canaries, no_claim
-from dpmed.memorization.checks import check_model, check_records, check_settings, check_tokens, warnings_of
+from dpmed.memorization.checks import (
+    check_dates,
+    check_model,
+    check_records,
+    check_settings,
+    check_tokens,
+    record_days,
+    warnings_of,
+)
 from dpmed.memorization.further import (
+    DIFFERENCES,
     choices_of,
     generated_of,
     kinds_of,
+    leak_differences,
     not_generated,
     persistence_of,
     read_reference,
 )
 from dpmed.memorization.intervals import NotApplicable, dense_units, figures_json
+from dpmed.memorization.leak_differences import Leaked
 from dpmed.memorization.persistence import MEMORIZED_FILE, MemorizedSet
 from dpmed.memorization.scoring import Progress, kept_scores, score_classification
 from dpmed.memorization.statistics import TokenScores, record_units, weights_fingerprint
@@ -128,6 +139,7 @@ class MemorizationEvaluator:
             model, the canaries or the earlier evaluation are of other records, or the model's output is not finite.
         """
         check_records(train, heldout)
+        check_dates(train, heldout, self.settings)
         everyone, n_planted = train, 0
         if canaries is not None:
             train, n_planted = members_without_canaries(everyone, canaries)
@@ -154,7 +166,8 @@ class MemorizationEvaluator:
             "warnings": warnings_of(
                 {side.name: side.encoded for side in (members, others)},
                 tree["memorization"],
-                matched=self.settings.match_lengths,
+                self.settings,
+                [record_days(s.records) for s in (members, others)] if "date" in train.column_names else [],
             ),
         }
 
@@ -185,7 +198,7 @@ class MemorizationEvaluator:
         }
         logits, losses = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
         nothing = not_generated(CLASSIFIER_TEXT)["memorization"]
-        nothing |= dict.fromkeys(("kinds", "persistence", "minus_base"), NotApplicable(CLASSIFIER_TEXT))
+        nothing |= dict.fromkeys(("kinds", "persistence", "minus_base", *DIFFERENCES), NotApplicable(CLASSIFIER_TEXT))
         tree = {
             "utility": dict.fromkeys(TEXT_UTILITY, NotApplicable(CLASSIFIER_TEXT)),
             "memorization": {
@@ -228,6 +241,7 @@ class MemorizationEvaluator:
         else:
             memorization |= {"kinds": NotApplicable(MASKED_CONTINUES), "persistence": NotApplicable(MASKED_CONTINUES)}
             memorization |= not_generated(MASKED_CONTINUES)["memorization"]
+            memorization |= dict.fromkeys(DIFFERENCES, NotApplicable(MASKED_CONTINUES))
         return tree, all_counts
 
     def _continued(
@@ -260,8 +274,9 @@ class MemorizationEvaluator:
         models = [(self.model, places["train"], places["heldout"], "generated")]
         if self.base_model is not None and isinstance(of_base, dict):
             models.append((self.base_model, of_base["memorization"], of_base["heldout"], "generated_base"))
+        all_leaked: list[dict[str, dict[str, Leaked]]] = []
         for model, members, others, name in models:
-            figures, counts[name] = generated_of(
+            figures, counts[name], leaked = generated_of(
                 model,
                 self.tokenizer,
                 *records,
@@ -272,6 +287,11 @@ class MemorizationEvaluator:
             )
             members |= figures["memorization"]
             others |= figures["heldout"]
+            all_leaked.append(leaked)
+        for name, differences in leak_differences(all_leaked, settings).items():
+            there = tree["memorization"].get(name, {})  # minus_base without a base model holds a reason
+            if isinstance(there, dict):
+                tree["memorization"][name] = there | differences
 
     def _canaries(self, manifest: Manifest, claim: Claim) -> dict[str, Any]:
         return canary_figures(

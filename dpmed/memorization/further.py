@@ -6,18 +6,19 @@ figures of generated text as many tokens as they are given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dpmed.data.sources import read_texts
-from dpmed.memorization.battery import SEED, Side
+from dpmed.memorization.battery import NO_BASE, SEED, Side
 from dpmed.memorization.generated_figures import generation_figures
 from dpmed.memorization.generation_plan import GenerationSettings
 from dpmed.memorization.intervals import NotApplicable
 from dpmed.memorization.kinds import TokenTexts, kind_figures, memorized_spans, reference_texts, span_kinds
+from dpmed.memorization.leak_differences import Leaked, minus_base, minus_base_and_decoys, minus_decoys
 from dpmed.memorization.multiple_choice import choice_figures, load_items, score_choices
 from dpmed.memorization.persistence import MemorizedSet, persistence_figures
 from dpmed.memorization.statistics import TokenScores, weights_fingerprint
@@ -36,6 +37,8 @@ GENERATED = (
     "identifier_leakage",
 )
 """Figures of generated text."""
+DIFFERENCES = ("minus_decoys", "minus_base_and_decoys")
+"""Of leak rates of generated text; `minus_base` holds others too."""
 NOT_ASKED = "nothing was generated; set evaluation.generate_tokens"
 NO_BEFORE = "no evaluation before was named (--before)"
 NO_CHOICES = "no multiple-choice items were named (evaluation.choices)"
@@ -127,10 +130,10 @@ def generated_of(
     folder: Path | None,
     weights: str | None,
     progress: Callable[[str, int, int], None] | None,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Figures of generated text of both sides, {"memorization", "heldout"}, and their counts."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any], dict[str, dict[str, Leaked]]]:
+    """Figures of generated text of both sides, {"memorization", "heldout"}, their counts, and which values leaked."""
     if settings.generate_tokens == 0:
-        return not_generated(NOT_ASKED), {}
+        return not_generated(NOT_ASKED), {}, {}
     asked = GenerationSettings(
         prompt_tokens=tuple(settings.prompt_tokens),
         ngrams=tuple(settings.ngrams),
@@ -149,3 +152,24 @@ def generated_of(
 def not_generated(reason: str) -> dict[str, dict[str, Any]]:
     """What stands there where no text was generated."""
     return {side: dict.fromkeys(GENERATED, NotApplicable(reason)) for side in ("memorization", "heldout")}
+
+
+def leak_differences(
+    found: Sequence[Mapping[str, Mapping[str, Leaked]]], settings: EvaluationSection
+) -> dict[str, Any]:
+    """Leak rates of the model minus its base's, minus those of decoys, and minus both: {name of the difference: tree}.
+
+    Args:
+        found: which values leaked, as `generated_of` gives them: of the model and, where there is one, of its base.
+    """
+    names, own = ("minus_base", *DIFFERENCES), found[0]
+    if not own:
+        return {name: {"identifier_leakage": NotApplicable(NOT_ASKED)} for name in names}
+    resamples: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": SEED}
+    trees: dict[str, Any] = dict.fromkeys(names, NotApplicable(NO_BASE))
+    trees["minus_decoys"] = minus_decoys(own["memorization"], own["heldout"], **resamples)
+    if len(found) > 1:
+        base = {side: minus_base(own[side], found[1][side], **resamples) for side in own}
+        trees["minus_base"] = base["memorization"]
+        trees["minus_base_and_decoys"] = minus_base_and_decoys(base["memorization"], base["heldout"])
+    return {name: {"identifier_leakage": tree} for name, tree in trees.items()}

@@ -31,7 +31,9 @@ from dpmed.memorization.generation_plan import (
     within_budget,
 )
 from dpmed.memorization.intervals import NotApplicable
+from dpmed.memorization.leak_differences import Leaked
 from dpmed.memorization.leak_probes import (
+    continuations,
     decoded,
     decoy_values,
     identifier_values,
@@ -45,6 +47,8 @@ from dpmed.memorization.statistics import weights_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_VALUES = "no known identifier on this side; name data.identifiers"
+ALL_SHARED = "all known identifiers of held-out patients stand in training records too"
 Progress = Callable[[str, int, int], None]
 """Called with (stage, prompts done, prompts in all)."""
 
@@ -67,7 +71,7 @@ def generation_figures(
     folder: Path | None = None,
     weights: str | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Leaked]]]:
     """Measure one model, tuned or base, by what it writes.
 
     Args:
@@ -85,7 +89,8 @@ def generation_figures(
     Returns: figures {"memorization": ..., "heldout": ...}, the same keys for both sides: `regurgitation_rate`,
         `regurgitation` {"p50_n30": rate}, `near_verbatim` {"p50": {score: mean, score_rate: share}}, `prefix_halves`
         {"t0.1": {...}}, `identifier_leak_rate` and `identifier_leakage` {probe: {...}}; leaves are `Measure` or
-        `NotApplicable`. Counts: per side and job, and of the budget. No text.
+        `NotApplicable`. Counts: per side and job, and of the budget. No text in either. And which values leaked, by
+        side and probe, for differences between sides and models.
     Raises: InputError if a side is empty, the model cannot generate, or its output is not finite.
     Reference: arXiv 2509.08604 (regurgitation), arXiv 2507.21009 (prefix halves), Carlini et al. 2021 (free samples).
     """
@@ -108,10 +113,10 @@ def generation_figures(
     written: dict[str, _Written] = {}
     for job in granted:
         written[job.name] = _Written(job, _run(job, model, tokenizer, settings, folder, weights, progress))
-    figures = {
-        key: _figures(side, written, tokenizer, settings)
-        for key, side in zip(("memorization", "heldout"), sides, strict=True)
-    }
+    figures: dict[str, Any] = {}
+    leaked: dict[str, dict[str, Leaked]] = {}
+    for key, side in zip(("memorization", "heldout"), sides, strict=True):
+        figures[key], leaked[key] = _figures(side, written, tokenizer, settings)
     counts: dict[str, Any] = {side.name: _counts(side, written, settings) for side in sides}
     counts["generation"] = {
         "budget_tokens": settings.budget_tokens,
@@ -122,7 +127,7 @@ def generation_figures(
             job.name: {"n_wanted": len(job.prompts), "n_generated": len(written[job.name].outputs)} for job in wanted
         },
     }
-    return figures, counts
+    return figures, counts, leaked
 
 
 def _run(
@@ -161,7 +166,7 @@ def _run(
 
 def _figures(
     side: Side, written: dict[str, _Written], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Leaked]]:
     options: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": settings.seed}
     regurgitation: dict[str, Any] = {}
     near: dict[str, Any] = {}
@@ -180,8 +185,8 @@ def _figures(
         halves[f"t{t:g}"] = (
             prefix_half_figures(job.truths, outputs, job.units, **options) if outputs else NotApplicable(job.reason)
         )
-    leakage = _leakage(side, written, tokenizer, settings)
-    return {
+    leakage, leaked = _leakage(side, written, tokenizer, settings)
+    figures = {
         "regurgitation_rate": next(iter(regurgitation.values())),
         "regurgitation": regurgitation,
         "near_verbatim": near,
@@ -189,23 +194,28 @@ def _figures(
         "identifier_leak_rate": leakage["context"]["rate"],
         "identifier_leakage": leakage,
     }
+    return figures, leaked
 
 
 def _leakage(
     side: Side, written: dict[str, _Written], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
-) -> dict[str, Any]:
-    """Each probe's rates. In the continuations of records only leaks per sample are counted."""
-    values, result = side.values, {}
+) -> tuple[dict[str, Any], dict[str, Leaked]]:
+    """Each probe's rates and which values leaked. In continuations of records only leaks per sample are counted."""
+    values, result, found = side.values, {}, {}
     names = {"context": f"{side.name} context", "templates": "templates", "free": "free"}
     names["records"] = f"{side.name} prefix p{settings.prompt_tokens[0]}"
     for probe, name in names.items():
         job, outputs = _of(written, name)
         if not outputs or not len(values):
-            none = NotApplicable(job.reason or "no known identifier on this side; name data.identifiers")
+            none = NotApplicable(ALL_SHARED if values.n_shared and not len(values) else job.reason or NO_VALUES)
             result[probe] = {"per_1000_samples": none} | ({} if probe == "records" else {"rate": none})
             continue
-        texts = decoded(tokenizer, outputs)
-        hits = leaks(values, decoded(tokenizer, job.prompts), texts)
+        if probe == "context":  # the identifier begins where the prompt ends, also in the middle of a word ("MRN00417")
+            texts = decoded(tokenizer, outputs)
+            prompts = [prompt + " " for prompt in decoded(tokenizer, job.prompts)]
+        else:
+            prompts, texts = continuations(tokenizer, job.prompts, outputs)
+        hits = leaks(values, prompts, texts)
         options: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": settings.seed}
         result[probe] = {"per_1000_samples": leaks_per_1000(hits, job.units, **options)}
         if probe == "records":
@@ -217,7 +227,8 @@ def _leakage(
         else:
             leaked[[v for hit in hits for v in hit]] = True
         result[probe] |= leak_figures(values, leaked, tested, **options)
-    return result
+        found[probe] = Leaked(values, leaked, tested)
+    return result, found
 
 
 def _counts(side: Side, written: dict[str, _Written], settings: GenerationSettings) -> dict[str, Any]:

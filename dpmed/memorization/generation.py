@@ -34,6 +34,8 @@ from dpmed.runs import write_private
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ONE_BY_ONE = ("rwkv", "xlstm")
+"""Model types that read padding as text, and mix up the states of a batch: they write one text at a time."""
 _VERSION = "1"  # of the part files and of what decides their content
 
 
@@ -84,7 +86,7 @@ def generate(
         parts = _Parts(part_dir, _fingerprint(prompts, [*settings, *ends, weights]))
     outputs: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
     done = 0
-    for index, rows in enumerate(length_batches([len(p) + new_tokens for p in prompts], batch_tokens)):
+    for index, rows in enumerate(_batches(model, [len(p) + new_tokens for p in prompts], batch_tokens)):
         found = parts.load(index) if parts is not None else None
         if found is None:
             config = _config(tokenizer, new_tokens, temperature, top_k)
@@ -105,7 +107,7 @@ def context_size(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text_config, "max_position_embeddings", None)
-    return int(size) if size else None
+    return int(size) if size and size > 0 else None  # XLNet says -1
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -144,6 +146,13 @@ def _config(
         eos_token_id=tokenizer.eos_token_id,
         **(drawing if temperature > 0 else {"do_sample": False}),
     )
+
+
+def _batches(model: nn.Module, lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Rows of each batch, by their lengths with what is written."""
+    if getattr(getattr(model, "config", None), "model_type", "") in ONE_BY_ONE:
+        return ([row] for row in range(len(lengths)))
+    return length_batches(lengths, batch_tokens)
 
 
 def _batch(model: nn.Module, prompts: Sequence[list[int]], config: GenerationConfig, seed: int) -> list[np.ndarray]:

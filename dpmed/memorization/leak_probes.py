@@ -90,9 +90,14 @@ class IdentifierValues:
     def __len__(self) -> int:
         return len(self._values)
 
-    def find(self, text: str) -> set[int]:
-        """Indices of the values in a text; of values that overlap there, the first and longest."""
-        return {match.index for match in self._matcher.find(text)}
+    def find(self, text: str, before: str = "") -> set[int]:
+        """Indices of the values in a text; of values that overlap there, the first and longest.
+
+        Args:
+            before: what stands in front of the text: a word or number that goes on from there is no value of its own.
+        """
+        seam = before[-1:]
+        return {match.index for match in self._matcher.find(seam + text) if match.start >= len(seam)}
 
     def index_of(self, value: str) -> int | None:
         """Index of a value in any of its spellings; None if it is not one of these."""
@@ -243,9 +248,14 @@ def context_prompts(
 
 
 def leaks(values: IdentifierValues, prompts: Sequence[str], outputs: Sequence[str]) -> list[set[int]]:
-    """Indices of the values that each output holds and its prompt does not."""
+    """Indices of the values that each output holds and its prompt does not.
+
+    Args:
+        prompts: as text.
+        outputs: as text, each right behind its prompt.
+    """
     return [
-        {index for index in values.find(output) if not values.holds(prompt, index)}
+        {index for index in values.find(output, prompt) if not values.holds(prompt, index)}
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
 
@@ -254,6 +264,16 @@ def decoded(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int
     """Token ids as text, without special tokens."""
     ids = [np.asarray(sequence).tolist() for sequence in sequences]
     return [tokenizer.decode(i, skip_special_tokens=True, clean_up_tokenization_spaces=False) for i in ids]  # pyright: ignore[reportReturnType]
+
+
+def continuations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], outputs: Sequence[np.ndarray]
+) -> tuple[list[str], list[str]]:
+    """Prompts and outputs as text; joined they are the text of both, so a blank between them is in the output."""
+    before, alone = decoded(tokenizer, prompts), decoded(tokenizer, outputs)
+    together = decoded(tokenizer, [[*p, *o.tolist()] for p, o in zip(prompts, outputs, strict=True)])
+    pairs = zip(before, alone, together, strict=True)  # a character cut in two by the prompt's end fits neither
+    return before, [whole[len(prompt) :] if whole.startswith(prompt) else out for prompt, out, whole in pairs]
 
 
 def leak_figures(

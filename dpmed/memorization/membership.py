@@ -44,32 +44,35 @@ class Sides:
     """[n]"""
 
 
-def matched_lengths(
-    members: np.ndarray, others: np.ndarray, *, bins: int = 10, seed: int = 0
+def matched_records(
+    members: Sequence[np.ndarray], others: Sequence[np.ndarray], *, bins: int = 10, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which members and which non-members to compare, so that length does not tell the two sides apart.
+    """Which members and which non-members to compare, so that length or date does not tell the two sides apart.
 
-    Both sides are cut at the same quantiles of all lengths together; in each piece the side with more records gives
-    away as many, chosen at random.
+    Both sides are cut at the same quantiles of each property of all records together; in each piece (of several
+    properties: in each combination of pieces) the side with more records gives away as many, chosen at random.
 
     Args:
-        members: length of each member [m].
-        others: length of each non-member [n].
-        bins: pieces, at most.
+        members: properties of the members, for example their lengths, each [m].
+        others: the same properties of the non-members, each [n].
+        bins: pieces of each property, at most.
         seed: of the choice.
 
     Returns: bool [m] and bool [n], with equally many True in each piece.
     """
-    edges = np.unique(np.quantile(np.concatenate([members, others]), np.linspace(0, 1, bins + 1)[1:-1]))
+    pieces = [np.zeros(len(side[0]), dtype=np.int64) for side in (members, others)]
+    for both in zip(members, others, strict=True):
+        edges = np.unique(np.quantile(np.concatenate(both), np.linspace(0, 1, bins + 1)[1:-1]))
+        for at, values in enumerate(both):
+            pieces[at] = pieces[at] * (len(edges) + 1) + np.searchsorted(edges, values, side="right")
     rng = np.random.default_rng(seed)
-    kept = np.zeros(len(members), dtype=bool), np.zeros(len(others), dtype=bool)
-    pieces = np.searchsorted(edges, members, side="right"), np.searchsorted(edges, others, side="right")
-    for piece in range(len(edges) + 1):
+    kept = [np.zeros(len(piece), dtype=bool) for piece in pieces]
+    for piece in np.intersect1d(pieces[0], pieces[1]):
         rows = [np.flatnonzero(of == piece) for of in pieces]
         n = min(map(len, rows))
         for keep, own in zip(kept, rows, strict=True):
             keep[rng.permutation(own)[:n]] = True
-    return kept
+    return kept[0], kept[1]
 
 
 def loss_score(scores: TokenScores) -> np.ndarray:

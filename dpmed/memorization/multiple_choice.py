@@ -10,7 +10,6 @@ Shapes: i = items, o = options of the item that has most, s = orders of the opti
 from __future__ import annotations
 
 import json
-import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from scipy.special import softmax
 from dpmed.data.sources import Table, read_table
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec, label_option_ids
 from dpmed.errors import InputError
+from dpmed.memorization.choice_cells import cell_options, cell_text, right_options
 from dpmed.memorization.generation import context_size
 from dpmed.memorization.intervals import HigherIs, Measure, bootstrap_ratio, dense_units, rate_by_unit, wilson
 from dpmed.memorization.paired import Cases, paired_differences
@@ -91,7 +91,7 @@ def load_items(
         question: its column.
         options: the column of the options (a list, or a list as JSON in one cell); or the options themselves, where all
             items have the same ones: ("yes", "no", "maybe").
-        answer: the column of the right option: its text, else its letter (A is the first), else its index from 0.
+        answer: the column of the right option, see `choice_cells.right_options`.
         context: a column to put before the question: text, or a list of texts.
         unit: the column that names what items have in common (a patient, an abstract); each stands alone by default.
 
@@ -100,20 +100,22 @@ def load_items(
     table = _items_table(source)
     n = table.n_rows
     fixed = None if isinstance(options, str) else tuple(options)
-    listed = [fixed] * n if fixed is not None else [_options(cell) for cell in table.values(str(options))]
+    listed = [fixed] * n if fixed is not None else [cell_options(cell) for cell in table.values(str(options))]
     where = "the given options are" if fixed is not None else f"'{options}' is"
     few = [row for row, found in enumerate(listed) if found is None or len(found) < 2 or len(set(found)) < len(found)]
     table.reject(few, f"{where} not a list of two or more different texts", 'write ["first", "second"]')
     many = [row for row, found in enumerate(listed) if len(found or ()) > len(string.ascii_uppercase)]
     table.reject(many, f"{where} longer than 26", "options are named by letters: leave some out")
-    questions = [_text(cell) for cell in table.values(question)]
+    questions = [cell_text(cell) for cell in table.values(question)]
     table.reject([r for r, q in enumerate(questions) if q is None], f"'{question}' is not text", "fill it in")
-    contexts: list[str | None] = [""] * n if context is None else [_text(cell) for cell in table.values(context)]
+    contexts: list[str | None] = [""] * n if context is None else [cell_text(cell) for cell in table.values(context)]
     table.reject([r for r, c in enumerate(contexts) if c is None], f"'{context}' is not text", "fill it in")
-    answers = [_answer(cell, found or ()) for cell, found in zip(table.values(answer), listed, strict=True)]
+    answers, unclear = right_options(table.values(answer), [found or () for found in listed])
+    clear = "write its letter, or its text in quotes"
+    table.reject(unclear, f"'{answer}' is a number that is both an option and the index of another", clear)
     remedy = "give its text, its letter, or its index from 0"
     table.reject([r for r, a in enumerate(answers) if a is None], f"'{answer}' names none of the options", remedy)
-    units = [str(row) for row in range(n)] if unit is None else [_text(cell) for cell in table.values(unit)]
+    units = [str(row) for row in range(n)] if unit is None else [cell_text(cell) for cell in table.values(unit)]
     table.reject([r for r, u in enumerate(units) if u is None], f"'{unit}' is missing", "fill it in")
     return [
         ChoiceItem("\n".join(part for part in (c, q) if part), found or (), a or 0, u or "")
@@ -134,42 +136,6 @@ def _items_table(source: str | Path) -> Table:
             names = list(dict.fromkeys(name for row in rows for name in row))
             return Table(str(path), names, len(rows), lambda name: [row.get(name) for row in rows])
     return read_table(source, "train")
-
-
-def _text(cell: object) -> str | None:
-    """A cell as text; a list of texts is joined by line breaks. None for anything else, and for a blank one."""
-    if isinstance(cell, list) and cell and all(isinstance(part, str) for part in cell):
-        cell = "\n".join(cell)
-    if isinstance(cell, int | float) and not isinstance(cell, bool) and math.isfinite(cell):
-        cell = str(cell)
-    return cell.strip() or None if isinstance(cell, str) else None
-
-
-def _options(cell: object) -> tuple[str, ...] | None:
-    if isinstance(cell, str):
-        try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError):
-            return None
-    texts = [_text(option) for option in cell] if isinstance(cell, list | tuple) else []
-    return None if None in texts else tuple(text for text in texts if text is not None)
-
-
-def _answer(cell: object, options: Sequence[str]) -> int | None:
-    """Index of the right option. A number in JSON is always an index; in a csv file all cells are text."""
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return cell if 0 <= cell < len(options) else None
-    text = _text(cell)
-    if text is None:
-        return None
-    letters = string.ascii_uppercase[: len(options)]
-    numbers = [str(index) for index in range(len(options))]
-    for names in (list(options), list(letters), numbers):
-        if text in names:
-            return names.index(text)
-    return None
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
@@ -393,12 +359,12 @@ _HIGHER_IS_WORSE = ("answer_changes", "missing_letter_chosen", "missing_letter_c
 def _outcomes(scores: ChoiceScores, answers: np.ndarray) -> dict[str, np.ndarray]:
     """Value of each figure for each item, [i]; flags are bool, shares over the shuffled orders are float."""
     at = np.arange(len(answers))
-    chosen, left = scores.letter.argmax(axis=2), scores.missing.argmax(axis=2)  # [i, s]
+    chosen, left = _highest(scores.letter), _highest(scores.missing)  # [i, s]
     right, named = chosen == answers[:, None], left == answers[:, None]
     sure, still = (softmax(values, axis=2)[at, :, answers] for values in (scores.letter, scores.missing))  # [i, s]
     found = {
-        "accuracy_text": scores.text.argmax(axis=1) == answers,
-        "accuracy_text_per_token": (scores.text / scores.n_tokens).argmax(axis=1) == answers,
+        "accuracy_text": _highest(scores.text) == answers,
+        "accuracy_text_per_token": _highest(scores.text / scores.n_tokens) == answers,
         "accuracy": right[:, 0],
         "missing_letter_chosen": named[:, 0],
         "missing_confidence_drop": (sure - still)[:, 0],
@@ -414,6 +380,18 @@ def _outcomes(scores: ChoiceScores, answers: np.ndarray) -> dict[str, np.ndarray
 
 def _higher_is(name: str) -> HigherIs:
     return "worse" if name in _HIGHER_IS_WORSE else "better"
+
+
+def _highest(values: np.ndarray) -> np.ndarray:
+    """Index of the highest value along the last axis; of equal ones the first by lot.
+
+    In bfloat16 ties are common, and items often have their right option first. The lot is of item and option: the same
+    for all orders and models.
+    """
+    order = np.random.default_rng(0).permuted(np.tile(np.arange(values.shape[-1]), (len(values), 1)), axis=1)
+    order = order.reshape(len(values), *[1] * (values.ndim - 2), -1)  # [i, 1, o] or [i, o]
+    place = np.take_along_axis(values, np.broadcast_to(order, values.shape), axis=-1).argmax(axis=-1)
+    return np.take_along_axis(np.broadcast_to(order, values.shape), place[..., None], axis=-1)[..., 0]
 
 
 def _figure(name: str, values: np.ndarray, units: np.ndarray, bootstrap: int, seed: int) -> Measure:

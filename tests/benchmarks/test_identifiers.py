@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from dpmed.tag_check import measured_on_asq_phi
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -66,6 +68,17 @@ def test_the_page_has_the_measured_figures() -> None:
     for kind in {**odd["recall"], **odd["precision"]}:
         row = [kind, *cells(odd["recall"].get(kind)), *cells(odd["precision"].get(kind))]
         assert any(row[: len(line)] == line and not any(row[len(line) :]) for line in rows), kind
+
+
+def test_what_is_shipped_is_the_odd_half_of_the_committed_results() -> None:
+    result = json.loads((BENCHMARKS / "identifiers" / "results" / "asq_phi.json").read_text())
+    asq_phi = script("identifiers/asq_phi.py")
+    assert json.loads(asq_phi.SHIPPED.read_text(encoding="utf-8")) == asq_phi.shipped(result)
+    own, both = measured_on_asq_phi("true"), measured_on_asq_phi("presidio")
+    for found, figures in ((own, result["odd"]), (both, result["presidio"]["with_presidio"])):
+        assert found is not None and found["recall"] == figures["recall"]
+        assert found["precision"] == figures["precision"] and found["n_records"] == 525
+        assert found["data"]["sha256"] == result["data"]["sha256"] and "second" in found["data"]["part"]
 
 
 def test_the_page_has_the_comparison_with_presidio() -> None:

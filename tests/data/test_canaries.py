@@ -89,6 +89,16 @@ def test_a_canarys_rows_look_like_all_others_with_the_secret_marked(planted: tup
             assert {s["type"] for s in row["identifiers"]} == {SPAN_TYPES[field] for field in canary.secret}
 
 
+def test_a_canarys_dates_are_those_of_the_records() -> None:
+    days = [f"20{i % 7 + 10}-01-0{i % 9 + 1}" for i in range(len(RECORDS))]
+    dated = RECORDS.add_column("date", days)  # pyright: ignore[reportCallIssue]
+    found, manifest = plant_canaries(dated, n=60, seed=3)
+    notes = [note for canary in manifest.canaries for note in notes_of(found, canary)]
+    drawn = [note["date"] for note in notes]
+    assert len(set(drawn)) > 10 and set(drawn) <= set(days)
+    assert manifest.ordinary(found)["date"][:] == days
+
+
 def test_notes_stand_among_the_others_and_not_behind_them(planted: tuple[Dataset, Manifest]) -> None:
     found, _ = planted
     places = np.flatnonzero(~np.isin(found["unit"], RECORDS["unit"])) / len(found)

@@ -16,7 +16,6 @@ from dpmed.data.identifiers import (
     PROTECTED_WORDS,
     identifier_counts,
     resolved_spans,
-    select_spans,
     tag_identifiers,
 )
 from dpmed.data.records import SPAN_SOURCES, record_features
@@ -258,7 +257,7 @@ def test_tagging_agrees_with_brute_force(raw: Dataset, k: int) -> None:
     tagged = tag_identifiers(raw, k=k)
     for row, spans in enumerate(tagged["identifiers"]):
         assert all(one["end"] <= other["start"] for one, other in pairwise(spans))
-        direct = select_spans(spans, "direct")
+        direct = [s for s in spans if s["source"] != "indirect"]
         before = {(s["start"], s["end"]) for s in data["identifiers"][row]}
         covered = {at for s in raw["identifiers"][row] for at in range(s["start"], s["end"])}
         lost = covered - {at for span in before for at in range(*span)}
@@ -266,13 +265,13 @@ def test_tagging_agrees_with_brute_force(raw: Dataset, k: int) -> None:
         assert {at for span in before for at in range(*span)} <= covered
         assert {(s["start"], s["end"]) for s in direct} == before | slow_known(data, row)
         taken = {at for s in direct for at in range(s["start"], s["end"])}
-        indirect = {(s["start"], s["end"]) for s in select_spans(spans, "indirect")}
+        indirect = {(s["start"], s["end"]) for s in spans if s["source"] == "indirect"}
         assert indirect == slow_indirect(raw, row, k, taken)
     for name in ("text", "unit", "record_id"):
         assert tagged[name][:] == raw[name][:]
 
 
-# --- Counts and selections --------------------------------------------------------------------------------------------
+# --- Counts -----------------------------------------------------------------------------------------------------------
 
 
 def test_counts_hold_no_values() -> None:
@@ -282,15 +281,6 @@ def test_counts_hold_no_values() -> None:
         "known": {"NAME": 1},
         "planted": {"DATE": 1, "NAME": 1},
     }
-
-
-def test_spans_are_selected_by_source() -> None:
-    spans = [{"source": source} for source in ("planted", "indirect", "known", "pattern")]
-    assert select_spans(spans, "direct") == [spans[0], spans[2], spans[3]]
-    assert select_spans(spans, "indirect") == [spans[1]]
-    assert select_spans(spans, "all") == spans
-    with pytest.raises(InputError, match="none of direct, indirect, all"):
-        select_spans(spans, "both")  # pyright: ignore[reportArgumentType]
 
 
 def test_k_must_be_positive() -> None:

@@ -86,6 +86,20 @@ def test_counts_say_how_far_table_and_records_fit() -> None:
     }
 
 
+def test_a_value_inside_a_longer_one_is_found_too() -> None:
+    """Columns for the whole name and its parts are common: four of these values stand in the note, and not two."""
+    columns = {
+        "unit": ["a"],
+        "name": ["Anna Weiss"],
+        "first_name": ["Anna"],
+        "last_name": ["Weiss"],
+        "dob": ["1950-03-04"],
+    }
+    table = load_patient_table(Dataset.from_dict(columns | {"mrn": ["00417"]}), unit="unit")
+    notes = Dataset.from_dict({"text": ["Anna Weiss, born 3/4/1950"], "unit": ["a"]})
+    assert table_spans(notes, table).counts["n_values_found"] == 4
+
+
 def test_short_and_common_values_are_not_looked_for() -> None:
     known = table([{"patient_id": 1, "name": "May Will", "mrn": "12", "city": "X"}])
     data = records(("1", "In May we will see 12 of X. May Will was here."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,9 @@ ERRORS: list[tuple[str, str | bytes, dict[str, Any], str]] = [
     ("r.csv", f"text\n{SECRET}\n", {"require_unit": True}, "set the recipe key data.unit"),
     ("r.csv", f"text,mrn\n{SECRET},\nb, \nc,7\n", {"unit": "mrn"}, "'mrn' is missing in 2 of 3 records (rows 0, 1,"),
     ("r.csv", f"text,id\n{SECRET},\n", {"record_id": "id"}, "'id' is missing in 1 of 1"),
+    ("r.csv", f"text,d\na,3/14/2021\nb,{SECRET}\nc,2021\n", {"date": "d"}, "'d' is not a date such as 2021-03-14 in 2"),
+    ("r.csv", f"text,d\n{SECRET},2021-02-30\n", {"date": "d"}, "'d' is not a date such as 2021-03-14 in 1 of 1"),
+    ("r.csv", f"text,d\n{SECRET},\n", {"date": "d"}, "'d' is missing in 1 of 1"),
     *[
         (
             "r.jsonl",
@@ -418,3 +422,26 @@ def test_a_heldout_that_is_train_is_refused(call: Callable[[Dataset, Dataset], o
     with pytest.raises(InputError) as caught:
         call(data, data)
     expect_one_clean_line(caught.value, "split_by_unit")
+
+
+@pytest.mark.parametrize(
+    ("cell", "day"),
+    [
+        ("2021-03-14", "2021-03-14"),
+        (" 2180-03-14T10:30:00Z ", "2180-03-14"),
+        ("2021-03-14 00:00:00", "2021-03-14"),
+        (21800506, "2180-05-06"),
+        ("2021-03", "2021-03-01"),
+        (2021.0, "2021-01-01"),
+    ],
+)
+def test_dates_become_days(tmp_path: Path, cell: Any, day: str) -> None:
+    loaded = load_records(write(tmp_path, "r.jsonl", as_jsonl({"text": "a", "when": cell})), date="when")
+    assert loaded["date"][:] == [day] and loaded.column_names[-2:] == ["date", "identifiers"]
+    assert load_records(loaded, date="date", identifiers="identifiers")[:] == loaded[:]
+
+
+def test_dates_of_typed_columns_become_days() -> None:
+    for day in (datetime(2021, 3, 14, 9), date(2021, 3, 14)):
+        typed = Dataset.from_dict({"text": ["a"], "when": [day]})
+        assert load_records(typed, date="when")["date"][:] == ["2021-03-14"]

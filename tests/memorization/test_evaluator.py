@@ -252,6 +252,33 @@ def test_few_records_and_other_lengths_are_warned_of(memorised, tiny_tokenizer):
     assert matched["memorization"]["membership_auc"]["n"] < 2 * 20
 
 
+def dated(side: Dataset, *, year: int) -> Dataset:
+    return side.add_column("date", [f"{year + i % 3}-05-01" for i in range(len(side))])  # pyright: ignore[reportCallIssue]
+
+
+def test_other_dates_are_warned_of_and_can_be_matched(memorised, tiny_tokenizer):
+    def warned(train: Dataset, heldout: Dataset, **options: bool) -> tuple[bool, Any]:
+        evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=replace(SETTINGS, **options))
+        result = evaluator.evaluate(train, heldout)
+        assert "2019" not in json.dumps(result)  # no date of anybody
+        text = (
+            "differ in date: membership attacks may tell the two sides apart by that alone; set evaluation.match_dates"
+        )
+        return any(text in w for w in result["warnings"]), result
+
+    train = dated(records(30, 0), year=2019)
+    assert warned(train, dated(records(30, 1), year=2021))[0]  # they share one year of three
+    assert not warned(train, dated(records(30, 1), year=2019))[0]
+    assert not warned(records(30, 0), records(30, 1))[0]
+    told, matched = warned(train, dated(records(30, 1), year=2021), match_dates=True)
+    assert not told and matched["memorization"]["membership_auc"]["n"] == 20  # ten of 2021 on each side
+    _, none = warned(train, dated(records(30, 1), year=2030), match_dates=True)
+    assert none["memorization"]["membership_auc"] is None
+    assert "same length or date" in none["not_applicable"]["memorization.membership_auc"]
+    with pytest.raises(InputError, match=r"\(data\.date\)"):
+        warned(train, records(30, 1), match_dates=True)
+
+
 def test_an_auc_below_one_half_is_not_called_private(memorised, tiny_tokenizer, sides):
     evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=SETTINGS)
     warnings = evaluator.evaluate(sides[1], sides[0])["warnings"]  # the sides swapped

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 from memorization.evaluated import (
     FEW_CANDIDATES,
+    SECRET,
     SETTINGS,
     SPEC,
     counted_passes,
@@ -23,6 +24,7 @@ from memorization.evaluated import (
 )
 from torch import nn
 
+from dpmed import cli_show
 from dpmed.data.canaries import plant_canaries
 from dpmed.errors import InputError
 from dpmed.memorization import scoring
@@ -147,3 +149,59 @@ def test_a_killed_evaluation_goes_on_among_canaries_and_items(
     assert of_base == [] and len(own) == 1 + reports.count("canaries") - 3
     shutil.rmtree(tmp_path / "parts")
     assert evaluated(None) == found
+
+
+def test_leak_rates_stand_beside_their_differences(memorised, tiny_model, tiny_tokenizer, sides):
+    asked = replace(SETTINGS, generate_tokens=80_000, prompt_tokens=[4], ngrams=[3], new_tokens=8)
+    renamed = [text.replace(SECRET, "Wilhelmin") for text in sides[1]["text"]]  # a decoy: it is in no training record
+    heldout = sides[1].remove_columns("text").add_column("text", renamed)
+    base = tiny_model("llama")
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, base_model=base, spec=SPEC, settings=asked)
+    result = evaluator.evaluate(sides[0], heldout)
+    memorization, of_base = result["memorization"], result["reference"]["base_model"]
+    differences = {
+        name: memorization[name]["identifier_leakage"]
+        for name in ("minus_base", "minus_decoys", "minus_base_and_decoys")
+    }
+    for probe in ("context", "templates", "free"):
+        own, decoys, before, decoys_before = (
+            side["identifier_leakage"][probe]["rate"]
+            for side in (memorization, result["reference"]["heldout"], of_base["memorization"], of_base["heldout"])
+        )
+        added, above = (differences[name][probe]["rate"] for name in ("minus_base", "minus_decoys"))
+        both = differences["minus_base_and_decoys"][probe]
+        assert added["value"] == pytest.approx(own["value"] - before["value"])
+        assert above["value"] == pytest.approx(own["value"] - decoys["value"])
+        assert both["value"] == pytest.approx(added["value"] - (decoys["value"] - decoys_before["value"]))
+        assert all(f["low"] <= f["value"] <= f["high"] and f["low"] < f["high"] for f in (added, above, both))
+        assert added["n"] == above["n"] == both["n"] == own["n"] and above["n_decoys"] == decoys["n"] == 1
+        assert differences["minus_decoys"][probe]["types"]["NAME"]["n"] == 1
+        assert differences["minus_decoys"][probe]["types"]["DATE"] is None  # all dates are in training records too
+    assert differences["minus_base"]["free"]["types"]["NAME"]["value"] == 1
+
+
+def test_the_terminal_shows_the_differences(memorised, tiny_model, tiny_tokenizer, sides, tmp_path, capsys):
+    asked = replace(SETTINGS, generate_tokens=20_000, prompt_tokens=[4], ngrams=[3], new_tokens=8)
+    base = tiny_model("llama")
+    evaluator = MemorizationEvaluator(memorised, tiny_tokenizer, base_model=base, spec=SPEC, settings=asked)
+    result = evaluator.evaluate(*sides)
+    (tmp_path / "evaluation.json").write_text(json.dumps(result), encoding="utf-8")
+    cli_show.run({"output_dir": str(tmp_path)})
+    shown = capsys.readouterr().out
+    for probe in ("context", "templates", "free"):
+        assert f"memorization.minus_base.identifier_leakage.{probe}.rate" in shown
+        assert f"memorization.minus_decoys.identifier_leakage.{probe}.rate: no decoy to compare with" in shown
+    why = result["not_applicable"]["reference.heldout.identifier_leakage.free.rate"]
+    assert why == "all known identifiers of held-out patients stand in training records too"
+
+
+@pytest.mark.parametrize("budget", [0, 5_000])
+def test_without_a_base_model_leak_rates_are_compared_with_decoys_alone(memorised, tiny_tokenizer, sides, budget):
+    settings = replace(SETTINGS, generate_tokens=budget, prompt_tokens=[4], ngrams=[3], new_tokens=8)
+    result = MemorizationEvaluator(memorised, tiny_tokenizer, spec=SPEC, settings=settings).evaluate(*sides)
+    memorization, reasons = result["memorization"], result["not_applicable"]
+    assert memorization["minus_base"] is None and "base model" in reasons["memorization.minus_base"]
+    assert memorization["minus_base_and_decoys"]["identifier_leakage"] is None
+    assert (memorization["minus_decoys"]["identifier_leakage"] is None) == (budget == 0)
+    word = "generate_tokens" if budget == 0 else "base model"
+    assert word in reasons["memorization.minus_base_and_decoys.identifier_leakage"]

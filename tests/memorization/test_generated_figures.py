@@ -19,6 +19,7 @@ from dpmed.errors import InputError
 from dpmed.memorization.generated_figures import generation_figures
 from dpmed.memorization.generation_plan import GenerationSettings
 from dpmed.memorization.intervals import Measure, NotApplicable, figures_json
+from dpmed.memorization.leak_differences import Leaked
 
 NAMES = ("Berta Quimby", "Carl Zorn", "Dora Yates", "Emil Voss", "Fritz Ulm", "Gerd Teague")
 SMALL = GenerationSettings(
@@ -75,13 +76,13 @@ def overfitted() -> Any:
 
 
 @functools.cache
-def measured(tuned: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def measured(tuned: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Leaked]]]:
     model = overfitted() if tuned else tiny_models.make_model("llama")
     return generation_figures(model, tiny_models.make_tokenizer(), MEMBERS, OTHERS, SMALL)
 
 
 def test_a_model_that_knows_its_records_by_heart_leaks_them_and_no_decoy():
-    figures, _ = measured(tuned=True)
+    figures, *_ = measured(tuned=True)
     own, floor = figures["memorization"], figures["heldout"]
     assert own["regurgitation"]["p24_n12"].value == 1.0  # 24 tokens tell the patients apart
     assert own["near_verbatim"]["p24"]["rouge_l_rate"].value == 1.0
@@ -97,7 +98,7 @@ def test_a_model_that_knows_its_records_by_heart_leaks_them_and_no_decoy():
 
 
 def test_the_base_model_is_measured_by_the_same_function_and_leaks_nothing():
-    figures, counts = measured(tuned=False)
+    figures, counts, _ = measured(tuned=False)
     own = figures["memorization"]
     for probe in ("context", "templates", "free"):
         rate = own["identifier_leakage"][probe]["rate"]
@@ -109,7 +110,7 @@ def test_the_base_model_is_measured_by_the_same_function_and_leaks_nothing():
 
 
 def test_what_was_not_tested_is_counted_or_has_a_reason():
-    figures, counts = measured(tuned=True)
+    figures, counts, _ = measured(tuned=True)
     tree, reasons = figures_json(figures)
     assert tree["memorization"]["regurgitation"]["p300_n6"] is None
     assert "context of 128" in reasons["memorization.regurgitation.p300_n6"]
@@ -130,7 +131,7 @@ def test_a_budget_cuts_every_job_alike_and_says_so(tiny_tokenizer):
     whole = measured(tuned=False)[1]["generation"]
     budget = whole["n_tokens_wanted"] // 2
     model, settings = tiny_models.make_model("llama"), replace(SMALL, budget_tokens=budget)
-    figures, counts = generation_figures(model, tiny_tokenizer, MEMBERS, OTHERS, settings)
+    figures, counts, _ = generation_figures(model, tiny_tokenizer, MEMBERS, OTHERS, settings)
     found = counts["generation"]
     assert found["n_tokens_wanted"] == whole["n_tokens_wanted"] > budget >= found["n_tokens_granted"] > budget * 0.7
     assert found["n_tokens_written"] <= found["n_tokens_granted"]
@@ -141,7 +142,7 @@ def test_a_budget_cuts_every_job_alike_and_says_so(tiny_tokenizer):
     assert n["n_tested"] + n["n_too_short"] + n["n_not_generated"] == 6
     context = figures["memorization"]["identifier_leakage"]["context"]["rate"]
     assert context.n == found["prompts"]["train context"]["n_generated"] < 12  # values without a prompt are no cases
-    nothing, counts = generation_figures(model, tiny_tokenizer, MEMBERS, OTHERS, replace(SMALL, budget_tokens=1))
+    nothing, counts, _ = generation_figures(model, tiny_tokenizer, MEMBERS, OTHERS, replace(SMALL, budget_tokens=1))
     _, reasons = figures_json(nothing)
     assert counts["generation"]["n_tokens_granted"] == 0
     assert "budget" in reasons["memorization.regurgitation.p8_n6"]
@@ -151,7 +152,7 @@ def test_a_budget_cuts_every_job_alike_and_says_so(tiny_tokenizer):
 def test_max_records_limits_the_prompts_and_not_the_identifiers(tiny_tokenizer):
     settings = replace(SMALL, max_records=2)
     model = tiny_models.make_model("llama")
-    figures, counts = generation_figures(model, tiny_tokenizer, MEMBERS, OTHERS, settings)
+    figures, counts, _ = generation_figures(model, tiny_tokenizer, MEMBERS, OTHERS, settings)
     assert counts["train"]["n_records_for_generation"] == 2
     assert figures["memorization"]["regurgitation"]["p8_n6"].n == 2
     assert figures["memorization"]["identifier_leakage"]["free"]["rate"].n == 12
@@ -168,7 +169,7 @@ def test_a_resumed_measurement_gives_the_same_figures(tiny_tokenizer, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         generation_figures(overfitted(), tiny_tokenizer, MEMBERS, OTHERS, SMALL, folder=tmp_path, progress=stop)
     assert len(list(tmp_path.iterdir())) == 5
-    figures, _ = generation_figures(overfitted(), tiny_tokenizer, MEMBERS, OTHERS, SMALL, folder=tmp_path)
+    figures, *_ = generation_figures(overfitted(), tiny_tokenizer, MEMBERS, OTHERS, SMALL, folder=tmp_path)
     assert figures_json(figures) == figures_json(measured(tuned=True)[0])
     n_parts = len(list(tmp_path.iterdir()))
     monkeypatch.setattr(type(overfitted()), "generate", None)  # nothing is left to generate
@@ -179,7 +180,7 @@ def test_a_resumed_measurement_gives_the_same_figures(tiny_tokenizer, tmp_path: 
 def test_records_without_identifiers_still_have_the_other_figures(tiny_tokenizer):
     plain = [data.map(lambda _: {"identifiers": []}) for data in (MEMBERS, OTHERS)]
     model = tiny_models.make_model("gpt2")
-    figures, _ = generation_figures(model, tiny_tokenizer, plain[0], plain[1], SMALL)
+    figures, *_ = generation_figures(model, tiny_tokenizer, plain[0], plain[1], SMALL)
     own = figures["memorization"]
     assert isinstance(own["identifier_leak_rate"], NotApplicable)
     assert "data.identifiers" in own["identifier_leakage"]["free"]["rate"].reason

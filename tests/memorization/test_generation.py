@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import RwkvConfig, RwkvForCausalLM
 
 import tiny_models
 from dpmed.errors import InputError
@@ -70,6 +71,20 @@ def test_padding_and_order_change_nothing(tiny_tokenizer, kind: tiny_models.Kind
     alone = generate(model, tiny_tokenizer, asked[::-1], new_tokens=12, batch_tokens=1)[::-1]
     for a, b in zip(padded, alone, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_model_that_would_read_padding_writes_one_text_at_a_time(tiny_tokenizer):
+    """RWKV pays no heed to the attention mask, and mixes up the states of a batch."""
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, context_length=64)
+    model = RwkvForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+    asked = prompts(6) + [p[::-1] for p in prompts(6)]  # also of one length
+    found = generate(model, tiny_tokenizer, asked, new_tokens=10, batch_tokens=10_000)
+    assert [f.tolist() for f in found] == one_by_one(model, tiny_tokenizer, asked, 10)
+    assert len({tuple(f.tolist()) for f in found}) > 6
 
 
 def test_the_end_token_ends_and_is_not_part_of_the_output(tiny_tokenizer):

@@ -13,6 +13,7 @@ from dpmed.memorization.intervals import Measure, NotApplicable, wilson
 from dpmed.memorization.leak_probes import (
     TokenisedText,
     context_prompts,
+    continuations,
     decoded,
     decoy_values,
     identifier_values,
@@ -119,10 +120,24 @@ def test_a_leak_is_in_the_output_and_not_in_the_prompt():
         ("x", " Carl Zornig, Mc Carl Zorn2", set()),  # only whole words
         ("x", " Berta Quimby", {name("Berta Quimby")}),  # not also the shorter value inside it
         ("x", "", set()),
+        ("Mc", "Carl Zorn came", set()),  # the prompt ends in the middle of the output's first word
+        ("Mc", " Carl Zorn came", {name("Carl Zorn")}),
+        ("Mc", "x Carl Zorn came", {name("Carl Zorn")}),
+        ("Berta ", "Quimby came", {name("Quimby")}),  # half of a longer value: the prompt holds the other half
     ]
     prompts, outputs, expected = zip(*cases, strict=True)
     assert leaks(values, prompts, outputs) == list(expected)
     assert None not in set().union(*expected)
+
+
+def test_prompt_and_output_are_told_apart_in_the_text_of_both(tiny_tokenizer):
+    for text, cut in (("came to 555-01427 today", 5), ("born 3/14/1950, José", 3), ("naïve 😀 patient", 8)):
+        ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+        for at in range(1, len(ids)):
+            (before,), (behind,) = continuations(tiny_tokenizer, [ids[:at]], [np.array(ids[at:])])
+            assert before + behind == text or "\ufffd" in before + behind
+        (before,), (behind,) = continuations(tiny_tokenizer, [ids[:cut]], [np.array(ids[cut:])])
+        assert (before, behind) == tuple(decoded(tiny_tokenizer, [ids[:cut], ids[cut:]]))
 
 
 def test_rates_are_per_type_and_stratum_over_what_was_tested():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 import zlib
 from dataclasses import replace
@@ -22,7 +23,7 @@ from dpmed.memorization.membership import (
     ez_score,
     loss_score,
     margin_score,
-    matched_lengths,
+    matched_records,
     min_k_plus_plus_score,
     min_k_score,
     modified_entropy_score,
@@ -346,7 +347,7 @@ lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(np.array)
 
 @given(members=lengths, others=lengths, bins=st.integers(1, 12))
 def test_matched_sides_have_as_many_records_in_each_piece(members: np.ndarray, others: np.ndarray, bins: int) -> None:
-    kept_m, kept_o = matched_lengths(members, others, bins=bins)
+    kept_m, kept_o = matched_records([members], [others], bins=bins)
     assert (len(kept_m), len(kept_o)) == (len(members), len(others))
     edges = np.unique(np.quantile(np.concatenate([members, others]), np.linspace(0, 1, bins + 1)[1:-1]))
     for piece in range(len(edges) + 1):
@@ -358,6 +359,22 @@ def test_length_alone_tells_nothing_once_it_is_matched() -> None:
     rng = np.random.default_rng(0)
     members, others = rng.integers(20, 200, size=3000), rng.integers(60, 240, size=3000)
     assert auc(members, others) < 0.4
-    kept_m, kept_o = matched_lengths(members, others, bins=20)
+    kept_m, kept_o = matched_records([members], [others], bins=20)
     assert abs(auc(members[kept_m], others[kept_o]) - 0.5) < 0.02
     assert kept_m.sum() > 1000
+
+
+def test_what_is_matched_by_two_properties_is_matched_in_each_combination() -> None:
+    rng = np.random.default_rng(1)
+    members = rng.integers(0, 4, size=(2, 900))
+    others = rng.integers(1, 5, size=(2, 700))
+    kept_m, kept_o = matched_records(list(members), list(others), bins=50)
+    assert kept_m.sum() == kept_o.sum() > 300
+    for pair in itertools.product(range(5), range(5)):
+        in_m, in_o = ((side == np.array(pair)[:, None]).all(axis=0) for side in (members, others))
+        assert kept_m[in_m].sum() == kept_o[in_o].sum() == min(in_m.sum(), in_o.sum())
+
+
+def test_sides_without_a_common_piece_leave_nothing_to_compare() -> None:
+    kept_m, kept_o = matched_records([np.arange(10)], [np.arange(100, 110)])
+    assert not kept_m.any() and not kept_o.any()

@@ -48,6 +48,32 @@ def test_items_of_jsonl_name_the_answer_by_text_letter_or_index(tmp_path: Path) 
     assert items[0] == ChoiceItem("Q", ("x", "y", "B"), 1, "0")
 
 
+@pytest.mark.parametrize(
+    ("options", "answers", "expected"),
+    [
+        (["O", "A", "B", "AB"], ["A", "C", "D"], [0, 2, 3]),  # letters, since "C" and "D" are no option
+        (["O", "A", "B", "AB"], ["A", "AB", "O"], [1, 3, 0]),  # texts
+        (["1", "2", "3"], ["0", "2", "1"], [0, 2, 1]),  # indices, since "0" is no option
+        ([10, 20, 30], [20, 10, 30], [1, 0, 2]),  # numbers that are no index
+        ([1, 2, 3], [0, 2, 1], [0, 2, 1]),
+    ],
+)
+def test_the_whole_column_tells_how_answers_are_written(
+    tmp_path: Path, options: list[Any], answers: list[Any], expected: list[int]
+) -> None:
+    rows = [{"question": "Q", "options": options, "answer": answer} for answer in answers]
+    assert [item.answer for item in load_items(write(tmp_path / "items.jsonl", rows))] == expected
+
+
+def test_numbers_that_may_be_indices_or_options_are_refused(tmp_path: Path) -> None:
+    rows = [{"question": "Q", "options": [1, 2, 3, 4], "answer": answer} for answer in (1, 3)]
+    with pytest.raises(
+        InputError, match=r"'answer' is a number that is both .* in 2 of 2 .*: write its letter"
+    ) as caught:
+        load_items(write(tmp_path / "items.jsonl", rows))
+    assert "\n" not in str(caught.value)
+
+
 def test_items_of_csv_hold_their_options_as_json(tmp_path: Path) -> None:
     path = tmp_path / "items.csv"
     path.write_text('stem,choices,key,who\nQ?,"[""1"", ""2""]",2,p1\nR?,"[1, 2]",A,p1\n', encoding="utf-8")
@@ -264,6 +290,27 @@ def test_figures_by_hand() -> None:
         if isinstance(figure, Measure):
             assert figure.low <= figure.value <= figure.high and figure.n == 2
     figures_json(figures)
+
+
+def test_a_tie_is_a_guess_and_not_the_first_option() -> None:
+    """bfloat16 gives many letters the same score; where the first option is right, taking it would look like skill."""
+    items = [ChoiceItem("Q", ("a", "b", "c", "d"), i % 2 * 3, str(i)) for i in range(4000)]
+    same = np.zeros((4000, 3, 4))
+    same[:, :, 1] = -1.0  # one option is out
+    tied = ChoiceScores(same[:, 0], np.ones((4000, 4), np.int64), same, same, 0)
+    figures = choice_figures(tied, items, base=tied, bootstrap=50)[0]
+    for name in ("accuracy", "accuracy_shuffled", "accuracy_text", "missing_letter_chosen"):
+        assert abs(figures[name].value - 1 / 3) < 0.03, name
+        assert figures["minus_base"][name].value == 0  # the lot is the same for both models
+    right = [item.answer == 0 for item in items]
+    assert abs(rate_of(tied, items, right) - rate_of(tied, items, [not r for r in right])) < 0.06
+
+
+def rate_of(scores: ChoiceScores, items: list[ChoiceItem], chosen: list[bool]) -> float:
+    at = np.array(chosen)
+    some = ChoiceScores(scores.text[at], scores.n_tokens[at], scores.letter[at], scores.missing[at], 0)
+    kept = [item for item, c in zip(items, chosen, strict=True) if c]
+    return choice_figures(some, kept, bootstrap=50)[0]["accuracy"].value
 
 
 def test_differences_from_the_base_model_are_paired() -> None:
