@@ -84,6 +84,7 @@ def case(size: int, dtype: torch.dtype, device: str, *, rows: int = 8, seed: int
     return logits.to(device), targets.to(device)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, which comes with CUDA builds of torch")
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_all_of_this_in_the_interpreter():
