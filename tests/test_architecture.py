@@ -42,6 +42,7 @@ DISTRIBUTIONS = {
     "dp_accounting": "dp-accounting",
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
+    "triton": "torch",  # its CUDA builds bring it
     "vl_convert": "vl-convert-python",
     "yaml": "pyyaml",
 }

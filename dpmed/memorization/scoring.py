@@ -24,7 +24,7 @@ from dpmed.data.output_layer import input_of, output_layer
 from dpmed.data.tasks import EncodedRecords, Example, TaskSpec
 from dpmed.errors import InputError
 from dpmed.memorization.statistics import ScoreParts, TokenScores, scores_fingerprint, text_starts, weights_fingerprint
-from dpmed.memorization.vocabulary import Columns, Sampling, TokenStatistics, token_statistics
+from dpmed.memorization.vocabulary import Columns, Sampling, TokenStatistics, measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +36,10 @@ MASK_ROUNDS = 7
 """masked_lm: passes over each window; every round masks about one word in seven, close to the usual 15 %."""
 PART_SECONDS = 60.0
 """A part is written about so often; a killed pass loses no more than that."""
-_LOGITS_AT_ONCE = 2**25
-"""Logits of one block: 128 MiB in float32, and buffers as large again on a GPU."""
+_LOGITS_KEPT = 2**25
+"""Logits of one pass where whole logits must be kept: 128 MiB in float32."""
+_LOGITS_AT_ONCE = 2**27
+"""Logits of one block on a GPU: 256 MiB in bfloat16; smaller ones cost more in calls."""
 _LOGITS_AT_ONCE_CPU = 2**23
 """The same on a CPU: a block of 32 MiB is memory used again, where a larger one is asked of the system each time."""
 NOT_FINITE = "the model's output is not finite: its weights hold NaN or infinity; train it again"
@@ -111,11 +113,11 @@ def score_records(
                 targets = input_ids[rows, columns]
                 if mask_id is not None:
                     input_ids[rows, columns] = mask_id
-                states = states_of(input_ids, attention)[rows, columns - shift]  # [scored, d]
+                places = on_device(rows * input_ids.shape[1] + columns - shift, where)
+                states = states_of(input_ids, attention).flatten(0, 1).index_select(0, places)  # [scored, d]
                 first = np.array([starts[p.example] - e.text_start for p, e in zip(batch, examples, strict=True)])
                 at = first[rows] + columns
-                for rows_done, found in _true_token_statistics(states, targets, states_of, sampling or Sampling()):
-                    kept.put(at[rows_done], found)
+                kept.put(at, _true_token_statistics(states, targets, states_of, sampling or Sampling()))
                 if np.isnan(kept.log_prob[at]).any():
                     raise InputError(NOT_FINITE)
                 writer.add(number, at, kept)
@@ -265,6 +267,14 @@ def pad(examples: Sequence[Example], pad_id: int) -> tuple[np.ndarray, np.ndarra
     return input_ids, attention
 
 
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device; a GPU is not waited for."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # a copy of pageable memory would wait for all work before it
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def _causal_passes(encoded: EncodedRecords) -> list[_Pass]:
     """One pass a window; a token with nothing before it is not scored."""
     passes = [_Pass(i, range(max(1, e.text_start), e.text_end)) for i, e in enumerate(encoded)]
@@ -352,7 +362,7 @@ class _StatesOf:
 
     def affordable(self, batch_tokens: int) -> int:
         """Fewer tokens per pass where whole logits must be kept."""
-        return batch_tokens if self.head is not None else min(batch_tokens, max(1, _LOGITS_AT_ONCE // self.vocabulary))
+        return batch_tokens if self.head is not None else min(batch_tokens, max(1, _LOGITS_KEPT // self.vocabulary))
 
     def _vocabulary(self) -> int:
         weight = getattr(self.head, "weight", None)
@@ -362,17 +372,20 @@ class _StatesOf:
         return int(self.model(**two).logits.shape[-1])
 
     def _inputs(self, input_ids: np.ndarray, attention: np.ndarray) -> dict[str, Any]:
-        tensors = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}
-        return {**{name: tensor.to(self.device) for name, tensor in tensors.items()}, **self.options}
+        arrays = {"input_ids": input_ids, "attention_mask": attention}
+        return {**{name: on_device(array, self.device) for name, array in arrays.items()}, **self.options}
 
 
 def _true_token_statistics(
     states: Tensor, targets: np.ndarray, states_of: _StatesOf, sampling: Sampling
-) -> Iterator[tuple[slice, TokenStatistics]]:
-    """Statistics of the true tokens, for one block of logits at a time, and which of [m] they are."""
+) -> TokenStatistics:
+    """Statistics of the true tokens [m], of one block of logits at a time; a GPU is waited for once, at the end."""
     at_once = _LOGITS_AT_ONCE if states.device.type != "cpu" else _LOGITS_AT_ONCE_CPU
     rows = max(1, at_once // states_of.vocabulary)
+    true = on_device(targets, states.device)
+    found = []
     for start in range(0, len(targets), rows):
         cut = slice(start, start + rows)
         logits = states[cut] if states_of.head is None else states_of.head(states[cut])  # [block, v]
-        yield cut, token_statistics(logits, torch.from_numpy(targets[cut]).to(logits.device), sampling)
+        found.append(measured(logits, true[cut], sampling))
+    return TokenStatistics.of(torch.cat(found, dim=1))
