@@ -54,6 +54,7 @@ def demo_base_model(
     n_public_patients: int = DemoModelSettings.n_public_patients,
     vocab_size: int = DemoModelSettings.vocab_size,
     hidden_size: int = DemoModelSettings.hidden_size,
+    n_layers: int = DemoModelSettings.n_layers,
     epochs: int = DemoModelSettings.epochs,
 ) -> Path:
     """The folder of the demo's base model, trained on the public hospital unless the cache has it.
@@ -64,13 +65,19 @@ def demo_base_model(
         n_public_patients: patients of the public hospital, about three notes each.
         vocab_size: most tokens of the tokenizer.
         hidden_size: width of the model, a multiple of 8.
+        n_layers: transformer blocks.
         epochs: passes over the public notes.
 
     Returns: a folder with a LlamaForCausalLM and a PreTrainedTokenizerFast.
     Guarantee: the folder appears complete or not at all, also when two processes make it at once.
     """
     settings = DemoModelSettings(
-        seed=seed, n_public_patients=n_public_patients, vocab_size=vocab_size, hidden_size=hidden_size, epochs=epochs
+        seed=seed,
+        n_public_patients=n_public_patients,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        n_layers=n_layers,
+        epochs=epochs,
     )
     cache_dir = cache_dir or _user_cache()
     folder = cache_dir / f"demo-{_fingerprint(settings)}"
