@@ -270,6 +270,8 @@ class ReleaseSection:
     """Identifiers completed exactly: rate above the floor."""
     max_extraction_above_floor: float = 0.01
     """(p, n) extraction: rate above the floor."""
+    max_probabilistic_extraction_above_floor: float = 0.02
+    """Records found in the most evaluation.tries with the least evaluation.probability: rate above the floor."""
     max_membership_auc: float | None = 0.55
     """AUC of the strongest membership attack (0.5 is a guess); null where who was in the records is no secret: a repair
     learns from the same records, and hides their identifiers alone."""

@@ -142,6 +142,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "extraction_above_floor",
             "membership_auc",
             "membership_above_floor",
+            "probabilistic_extraction_above_floor",
             "after_relearning",
             "after_quantisation",
             "utility_loss",

@@ -191,7 +191,7 @@ class _Gate:
         model = self._load(self.weights, merge=False)
         found = self._evaluated(model, self._floor(), self.members)
         rates = limits.max_extraction_above_floor, limits.max_identifier_extraction_above_floor
-        rows = leak_rows(stage, found, rates, limits.max_membership_auc, limits.max_membership_above_floor)
+        rows = self._rows(stage, found, rates)
         return [*rows, *self._prompted(stage, model)]
 
     def rounded(self, stage: str, rounding: Callable[[nn.Module], int]) -> list[Row]:
@@ -199,7 +199,7 @@ class _Gate:
         rounding(model)
         found = self._evaluated(model, self._floor(), self.members)
         rates = limits.max_after_quantisation, limits.max_after_quantisation
-        return leak_rows(stage, found, rates, limits.max_membership_auc, limits.max_membership_above_floor)
+        return self._rows(stage, found, rates)
 
     def relearned(self) -> list[Row]:
         seed = self.recipe.training.seed
@@ -230,6 +230,11 @@ class _Gate:
         allowed = dict.fromkeys(losses, limits.max_utility_loss) | {"rare_words": limits.max_rare_word_loss}
         return [decide("utility", f"{name}_loss", loss, allowed[name]) for name, loss in losses.items()]
 
+    def _rows(self, stage: str, found: dict[str, Any], rates: tuple[float, float]) -> list[Row]:
+        limits = self.recipe.release
+        membership = limits.max_membership_auc, limits.max_membership_above_floor
+        return leak_rows(stage, found, rates, *membership, limits.max_probabilistic_extraction_above_floor)
+
     def _attacked(self, stage: str, mine: Dataset, others: Dataset) -> list[Row]:
         """Train the checkpoint and the floor on the attacker's text; measure leakage of the other records."""
         limits = self.recipe.release
@@ -251,7 +256,7 @@ class _Gate:
             floor = trained(floor)
         found = self._evaluated(trained(self._load(self.weights)), floor, others, own_floor=True)
         rates = limits.max_after_relearning, limits.max_after_relearning
-        return leak_rows(stage, found, rates, limits.max_membership_auc, limits.max_membership_above_floor)
+        return self._rows(stage, found, rates)
 
     def _evaluated(
         self, model: nn.Module, floor: nn.Module | None, members: Dataset, *, own_floor: bool = False

@@ -53,6 +53,7 @@ def leak_rows(
     limits: tuple[float, float],
     max_auc: float | None,
     max_auc_above_floor: float,
+    max_in_tries: float = 1.0,
 ) -> list[Row]:
     """The verdicts on one evaluation: both rates above the floor and above held-out records, and membership.
 
@@ -62,6 +63,7 @@ def leak_rows(
         limits: thresholds of (p, n) extraction and of identifier extraction.
         max_auc: threshold of the strongest membership attack; None does not test it.
         max_auc_above_floor: threshold of the strongest one above the floor's, of those that need no reference model.
+        max_in_tries: threshold of the records that are found in many tries, above the floor.
     """
     memorization, heldout = found["memorization"], found["reference"]["heldout"]
     reasons, above, rows = found["not_applicable"], memorization["minus_base"], list[Row]()
@@ -77,6 +79,7 @@ def leak_rows(
     areas = {name: attack["auc"] for name, attack in memorization["membership"].items() if attack}
     base = found["reference"]["base_model"]
     of_floor = {} if base is None else base["memorization"]["membership"]
+    rows.append(tries_row(stage, memorization, base, reasons, max_in_tries))
     above_floor = {
         name: unpaired_difference(area, of_floor[name]["auc"]) for name, area in areas.items() if of_floor.get(name)
     }
@@ -87,6 +90,37 @@ def leak_rows(
         else membership_row(stage, areas, max_auc),
         membership_row(stage, above_floor, max_auc_above_floor, check="membership_auc_above_floor", floor=base),
     ]
+
+
+def tries_row(
+    stage: str,
+    memorization: Mapping[str, Any],
+    base: Mapping[str, Any] | None,
+    reasons: Mapping[str, str],
+    limit: float,
+) -> Row:
+    """The verdict on records that stand in the most tries with the least probability that the recipe names.
+
+    What greedy text no longer shows may still be likely: a model that only lowers what it knows below the first place
+    gives it to an attacker who draws often. The difference is taken as if the two models had different records, which
+    widens the interval.
+    """
+    check, own = "probabilistic_extraction_above_floor", memorization.get("probabilistic_extraction")
+    if own is None:
+        why = reasons.get("memorization.probabilistic_extraction", "no record is long enough")
+        return decide(stage, check, NotApplicable(why), limit)
+    if base is None:
+        return decide(stage, check, NotApplicable(NO_FLOOR), limit)
+    strictest = max(own, key=_tries)
+    figure = unpaired_difference(own[strictest], base["memorization"]["probabilistic_extraction"][strictest])
+    why = reasons.get(f"memorization.probabilistic_extraction.{strictest}", "no record is long enough")
+    return decide(stage, check, figure or NotApplicable(why), limit) | {"tries": strictest}
+
+
+def _tries(name: str) -> tuple[int, float]:
+    """(tries, -probability) of a key such as n1000_p0.1."""
+    tries, _, probability = name.removeprefix("n").partition("_p")
+    return int(tries), -float(probability)
 
 
 def membership_row(

@@ -165,6 +165,34 @@ def evaluation(auc: float, floor: float | None) -> dict[str, Any]:
     }
 
 
+TRIES = ("n1_p0.1", "n1000_p0.9", "n1000_p0.1", "n100_p0.1")
+
+
+def with_tries(found: dict[str, Any], own: float, floor: float) -> dict[str, Any]:
+    """The same with records found in tries: many in the strictest, none in the others."""
+    for side, rate in ((found["memorization"], own), (found["reference"]["base_model"]["memorization"], floor)):
+        side["probabilistic_extraction"] = {
+            name: json_of(rate, rate - 0.01, rate + 0.01) if name == "n1000_p0.1" else json_of(0.0, 0.0, 0.01)
+            for name in TRIES
+        }
+    return found
+
+
+@pytest.mark.parametrize(("own", "floor", "verdict"), [(0.3, 0.01, "fail"), (0.02, 0.02, "pass")])
+def test_what_greedy_text_does_not_show_is_looked_for_in_many_tries(own: float, floor: float, verdict: str) -> None:
+    found = with_tries(evaluation(0.5, 0.5), own, floor)
+    rows = {row["check"]: row for row in leak_rows("s", found, (0.01, 0.01), 0.55, 0.05, 0.02)}
+    row = rows["probabilistic_extraction_above_floor"]
+    assert (row["verdict"], row["tries"]) == (verdict, "n1000_p0.1")
+    assert row["value"] == pytest.approx(own - floor)
+
+
+def test_without_a_floor_or_tries_a_reason_stands() -> None:
+    rows = [leak_rows("s", evaluation(0.5, floor), (0.01, 0.01), 0.55, 0.05) for floor in (0.5, None)]
+    found = [row for side in rows for row in side if row["check"] == "probabilistic_extraction_above_floor"]
+    assert [row["verdict"] for row in found] == ["not_tested"] * 2 and all(row["reason"] for row in found)
+
+
 @pytest.mark.parametrize(
     ("auc", "floor", "verdict"), [(0.8, 0.81, "pass"), (0.8, 0.6, "fail"), (0.8, None, "not_tested")]
 )

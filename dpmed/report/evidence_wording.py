@@ -43,6 +43,11 @@ CHECKS = {
     "extraction_rate_above_heldout": CheckWords(
         "Records continued, above held-out patients", f"{_CONTINUED}, {_HELDOUT}."
     ),
+    "probabilistic_extraction_above_floor": CheckWords(
+        "Records found in many tries, above the floor model",
+        "Share of records whose next words stand in at least one of many drawn texts with the probability that the "
+        "recipe names, minus the same share for the floor model.",
+    ),
     "membership_auc": CheckWords(
         "Membership attack, the strongest (AUC)",
         "How well an attacker tells targeted patients' records from held-out ones: 0.5 is a guess, 1 is certain.",
