@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,14 @@ import numpy as np
 from scipy import stats
 
 Row = dict[str, Any]
-COLUMNS = ("leakage", "gone", "extraction", "membership_auc", "other_words", "other_words_change", "perplexity")
+COLUMNS = (
+    *("leakage", "gone", "extraction", "in_tries", "membership_auc", "min_k_auc"),
+    *("other_words", "other_words_change", "perplexity"),
+)
+BOUNDS = {"gone": (-math.inf, 1.0), "other_words_change": (-1.0, math.inf), "perplexity": (1.0, math.inf)}
+"""Least and greatest possible values, where they are not 0 and 1."""
+TRIES = "n1000_p0.1"
+"""Records that are found in a thousand drawn texts with a probability of at least 0.1."""
 
 
 def leakage(part: Row) -> float:
@@ -50,7 +58,9 @@ def read_run(folder: Path) -> Row | None:
         "leakage": leakage(memorization),
         "heldout_leakage": leakage(evaluation["reference"]["heldout"]),
         "extraction": value(memorization["extraction_rate"]),
+        "in_tries": value((memorization.get("probabilistic_extraction") or {}).get(TRIES)),
         "membership_auc": value(memorization["membership_auc"]),
+        "min_k_auc": value(((memorization.get("membership") or {}).get("min_k") or {}).get("auc")),
         "other_words": utility["other_words_accuracy"]["value"],
         "perplexity": utility["other_words_perplexity"]["value"],
     }
@@ -72,15 +82,15 @@ def compared(runs: Sequence[Row]) -> list[Row]:
     return found
 
 
-def over_seeds(values: Sequence[float | None]) -> Row | None:
-    """Mean, 95 % t interval (null of a single seed) and n of the known values; None if there is none."""
+def over_seeds(values: Sequence[float | None], bounds: tuple[float, float]) -> Row | None:
+    """Mean, 95 % t interval (null of a single seed; cut at what is possible) and n of the known values, or None."""
     known = np.array([v for v in values if v is not None])
     if not len(known):
         return None
     low = high = None
     if len(known) > 1:
         half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
-        low, high = float(known.mean()) - half, float(known.mean()) + half
+        low, high = max(bounds[0], float(known.mean()) - half), min(bounds[1], float(known.mean()) + half)
     return {"value": float(known.mean()), "low": low, "high": high, "n_seeds": len(known)}
 
 
@@ -90,7 +100,9 @@ def summary(runs: Sequence[Row]) -> list[Row]:
     for setting in dict.fromkeys(run["setting"] for run in runs):
         own = [run for run in runs if run["setting"] == setting]
         row: Row = {"setting": setting, "method": own[0]["method"], "seeds": sorted(run["seed"] for run in own)}
-        rows.append(row | {name: over_seeds([run[name] for run in own]) for name in COLUMNS})
+        rows.append(
+            row | {name: over_seeds([run[name] for run in own], BOUNDS.get(name, (0.0, 1.0))) for name in COLUMNS}
+        )
     return rows
 
 
@@ -108,12 +120,13 @@ def markdown(rows: Sequence[Row]) -> str:
         return f"{100 * x:.1f}"
 
     lines = [
-        "| setting | seeds | identifiers, % | gone, % | records, % | AUC | other words, % | change, % | perplexity |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| setting | seeds | identifiers, % | gone, % | records, % | in 1000 tries, % | AUC, reference | AUC, Min-K% "
+        "| other words, % | change, % | perplexity |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        parts = [cell(row[name], percent) for name in ("leakage", "gone", "extraction")]
-        parts += [cell(row["membership_auc"], lambda x: f"{x:.2f}")]
+        parts = [cell(row[name], percent) for name in ("leakage", "gone", "extraction", "in_tries")]
+        parts += [cell(row[name], lambda x: f"{x:.2f}") for name in ("membership_auc", "min_k_auc")]
         parts += [cell(row[name], percent) for name in ("other_words", "other_words_change")]
         parts += [cell(row["perplexity"], lambda x: f"{x:.2f}")]
         lines.append(f"| {row['setting']} | {len(row['seeds'])} | " + " | ".join(parts) + " |")
