@@ -129,6 +129,7 @@ def release_gate(weights: Path, recipe: Recipe, splits: Splits, folder: Path) ->
         "floor": gate.floor,
         "before": recipe.model.path,
         "weights": {"path": str(weights), "sha256": digest},
+        "sha256": {role: hashed(path) for role, path in (("before", recipe.model.path), ("floor", gate.floor))},
         "task": spec.kind,
         "n_heldout": {"n_records": len(heldout), "n_units": len(set(heldout["unit"]))},
         "seeds": {"training": recipe.training.seed, "relearning": recipe.training.seed},
@@ -150,6 +151,11 @@ def _finished(path: Path, stamp: str, run: Callable[[], list[Row]]) -> list[Row]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # blocks that were cut for one stage's models do not fit another's
     return rows
+
+
+def hashed(path: str | None) -> str | None:
+    """SHA-256 of a model folder's weights; None of a Hub id, whose weights are not files here."""
+    return None if path is None or not Path(path).expanduser().is_dir() else weights_digest(Path(path).expanduser())
 
 
 def _content(path: str | None) -> str | None:

@@ -6,14 +6,13 @@ exceeds it, else `not_shown`, which is not a pass. What could not be tested is `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from scipy.stats import norm
 
 from dpmed.evidence import Row
-from dpmed.memorization.intervals import Z_95, Measure, NotApplicable
+from dpmed.memorization.intervals import Z_95, Measure, NotApplicable, independent_difference
 from dpmed.memorization.prompt_probes import PROBES
 
 NO_FLOOR = "no floor was given: name the model before fine-tuning (model.base) or a clean retrain"
@@ -183,27 +182,20 @@ def prompt_rows(
         else:
             own, decoys = (figures[side][probe]["rate"] for side in ("memorization", "heldout"))
             missing = next((rate for rate in (own, decoys) if isinstance(rate, NotApplicable)), None)
-            figure = missing or _difference(own.to_json(), decoys.to_json())
+            figure = missing or unpaired_difference(own.to_json(), decoys.to_json()) or NotApplicable(NO_INTERVAL)
         row = decide(stage, f"{probe}_prompts_above_decoys", figure, limit)
         rows.append(row | {"counts": dict(counts)} if probe == "paraphrased" and counts else row)
     return rows
 
 
 def unpaired_difference(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """One rate minus another of other patients, from their JSON; None if one was not measured.
+    """One figure minus another of other patients, from their JSON; None if one was not measured.
 
-    Two rates of 0 give an interval as wide as those of the rates (Wilson's, as many cases as patients), never 0.
-    Reference: Newcombe 1998, method 10, from the intervals that the rates have.
+    See `independent_difference`; without all bounds there is no interval.
     """
-    return None if first is None or second is None else _difference(first, second)
-
-
-def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    value = first["value"] - second["value"]
-    bounds = [figure[side] for figure in (first, second) for side in ("low", "high")]
-    n = min(first["n"], second["n"])
-    if None in bounds:
-        return {"value": value, "low": None, "high": None, "n": n}
-    low = value - math.hypot(first["value"] - first["low"], second["high"] - second["value"])
-    high = value + math.hypot(first["high"] - first["value"], second["value"] - second["low"])
-    return {"value": value, "low": low, "high": high, "n": n}
+    if first is None or second is None:
+        return None
+    a, b = ((figure["value"], figure["low"], figure["high"]) for figure in (first, second))
+    bounded = None not in (*a, *b)
+    value, low, high = independent_difference(a, b) if bounded else (a[0] - b[0], None, None)
+    return {"value": value, "low": low, "high": high, "n": min(first["n"], second["n"])}

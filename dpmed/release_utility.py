@@ -20,11 +20,12 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from dpmed.data.identifiers import tag_identifiers
-from dpmed.data.tasks import EncodedRecords, TaskSpec, encode
+from dpmed.data.tasks import TaskSpec, encode
 from dpmed.memorization.intervals import Measure, NotApplicable, clopper_pearson, dense_units, percentile_interval
+from dpmed.memorization.other_words import span_tokens
 from dpmed.memorization.paired import paired_mean_difference, paired_rate_difference
 from dpmed.memorization.scoring import score_records
-from dpmed.memorization.statistics import TokenScores, record_units, text_starts
+from dpmed.memorization.statistics import TokenScores, record_units
 from dpmed.metrics import f1_from_counts, resampled_f1
 from dpmed.utility import label_matrix, prediction_scores, predictions
 
@@ -72,7 +73,9 @@ def utility_losses(
         score_records(model, encoded, unlabelled, tokenizer, batch_tokens=settings.batch_tokens)
         for model in (before, after)
     ]
-    direct, rare = span_tokens(encoded, indirect=False), span_tokens(encoded, indirect=True)
+    direct, rare = (
+        span_tokens(encoded, lambda s, rare=rare: (s.source == "indirect") == rare) for rare in (False, True)
+    )
     units = record_units(encoded)
     losses = {
         "perplexity": _perplexity_loss(scores[0], scores[1], units, settings.bootstrap),
@@ -103,17 +106,6 @@ def rare_words_tagged(train: Dataset, heldout: Dataset, k: int) -> Dataset:
     both = concatenate_datasets([part.select_columns(columns) for part in (train, heldout)])
     tagged = tag_identifiers(both, k=k)
     return tagged.select(range(len(train), len(tagged)), keep_in_memory=True)
-
-
-def span_tokens(encoded: EncodedRecords, *, indirect: bool) -> np.ndarray:
-    """Which text tokens are in an identifier that is indirect, or that is direct, bool [t]."""
-    starts, total = text_starts(encoded)
-    found = np.zeros(total, dtype=bool)
-    for example, start in zip(encoded, starts, strict=True):
-        for span in example.spans:
-            if (span.source == "indirect") == indirect:
-                found[start + span.start - example.text_start : start + span.end - example.text_start] = True
-    return found
 
 
 def _perplexity_loss(before: TokenScores, after: TokenScores, units: np.ndarray, bootstrap: int) -> Loss:

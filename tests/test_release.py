@@ -19,13 +19,14 @@ from dpmed import release
 from dpmed.data.tasks import encode
 from dpmed.errors import BudgetError, GateError, InputError
 from dpmed.memorization import scoring
+from dpmed.memorization.other_words import span_tokens
 from dpmed.memorization.statistics import TokenScores, weights_fingerprint
 from dpmed.models import load_model, load_tokenizer
 from dpmed.pipeline import load_splits
 from dpmed.recipe import Recipe
 from dpmed.relearning import relearn
 from dpmed.release import PARTS, release_gate, weights_digest
-from dpmed.release_utility import rare_words_tagged, span_tokens, utility_losses
+from dpmed.release_utility import rare_words_tagged, utility_losses
 from dpmed.report.evidence import build_evidence_page
 from dpmed.report.evidence_wording import CHECKS
 from dpmed.splits import Splits, task_spec
@@ -340,7 +341,9 @@ def test_rare_words_are_counted_over_both_sides_and_outside_identifiers(world: W
     splits, tokenizer = load_splits(recipe.data, require_unit=False), load_tokenizer(world.base)
     assert splits.heldout is not None
     encoded = encode(rare_words_tagged(splits.train, splits.heldout, 2), tokenizer, task_spec(recipe, splits.train))
-    direct, rare = (span_tokens(encoded, indirect=which) for which in (False, True))
+    direct, rare = (
+        span_tokens(encoded, lambda s, rare=rare: (s.source == "indirect") == rare) for rare in (False, True)
+    )
     assert direct.any() and rare.any() and not (direct & rare).any()
     for row in rare_words_tagged(splits.train, splits.heldout, 2).to_list():
         words = [row["text"][s["start"] : s["end"]] for s in row["identifiers"] if s["source"] == "indirect"]

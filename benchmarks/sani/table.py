@@ -4,8 +4,10 @@
 
 FOLDER/runs/NAME/{run,evaluation}.json of `dpmed frontier` are read; several folders are taken together. Every run is
 compared with the `full` run of its own seed. Leakage: causal models, share of identifiers completed exactly; masked
-ones, share of identifiers restored whole. `gone`: the share of the leakage above the floor (the base model's) that is
-gone. Means over seeds, with the 95 % t interval of the seeds where there are two or more. Writes OUTPUT.json and .md.
+ones, share of identifiers' tokens that are the first choice where the whole identifier is masked. `heldout`: the same
+of held-out patients, whom no model has seen: what can be guessed. `gone`: the share of the leakage above that that is
+gone.
+Means over seeds, with the 95 % t interval of the seeds where there are two or more. Writes OUTPUT.json and .md.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from scipy import stats
 
 Row = dict[str, Any]
 COLUMNS = (
-    *("leakage", "gone", "extraction", "in_tries", "membership_auc", "min_k_auc"),
+    *("leakage", "heldout", "gone", "extraction", "in_tries", "membership_auc", "min_k_auc"),
     *("other_words", "other_words_change", "perplexity"),
 )
-BOUNDS = {"gone": (-math.inf, 1.0), "other_words_change": (-1.0, math.inf), "perplexity": (1.0, math.inf)}
+BOUNDS = {"gone": (-math.inf, math.inf), "other_words_change": (-1.0, math.inf), "perplexity": (1.0, math.inf)}
 """Least and greatest possible values, where they are not 0 and 1."""
 TRIES = "n1000_p0.1"
 """Records that are found in a thousand drawn texts with a probability of at least 0.1."""
@@ -35,7 +37,7 @@ TRIES = "n1000_p0.1"
 def leakage(part: Row) -> float:
     """Share of identifiers that the model gives, of an evaluation's figures of one side."""
     masked = part.get("fill_mask")
-    return float((masked["identifiers"]["whole"] if masked else part["identifier_extraction_rate"])["value"])
+    return float((masked["identifiers"]["top_1"] if masked else part["identifier_extraction_rate"])["value"])
 
 
 def value(figure: Row | None) -> float | None:
@@ -56,7 +58,7 @@ def read_run(folder: Path) -> Row | None:
         "device": run.get("device"),
         "versions": run["versions"],
         "leakage": leakage(memorization),
-        "heldout_leakage": leakage(evaluation["reference"]["heldout"]),
+        "heldout": leakage(evaluation["reference"]["heldout"]),
         "extraction": value(memorization["extraction_rate"]),
         "in_tries": value((memorization.get("probabilistic_extraction") or {}).get(TRIES)),
         "membership_auc": value(memorization["membership_auc"]),
@@ -67,17 +69,16 @@ def read_run(folder: Path) -> Row | None:
 
 
 def compared(runs: Sequence[Row]) -> list[Row]:
-    """Runs with `gone` and `other_words_change`, against the `full` run of their seed and the base model."""
-    floor = next((run["leakage"] for run in runs if run["method"] == "base"), None)
+    """Runs with `gone` and `other_words_change`, against the `full` run of their seed."""
     before = {run["seed"]: run for run in runs if run["method"] == "full"}
     found = []
     for run in runs:
         full = before.get(run["seed"])
         gone = change = None
-        if run["method"] not in ("base", "full") and full is not None and floor is not None:
+        if run["method"] not in ("base", "full") and full is not None:
             change = run["other_words"] / full["other_words"] - 1
-            if full["leakage"] > floor:
-                gone = (full["leakage"] - run["leakage"]) / (full["leakage"] - floor)
+            if (learned := full["leakage"] - full["heldout"]) > 0:
+                gone = 1 - (run["leakage"] - run["heldout"]) / learned
         found.append({**run, "gone": gone, "other_words_change": change})
     return found
 
@@ -120,12 +121,12 @@ def markdown(rows: Sequence[Row]) -> str:
         return f"{100 * x:.1f}"
 
     lines = [
-        "| setting | seeds | identifiers, % | gone, % | records, % | in 1000 tries, % | AUC, reference | AUC, Min-K% "
-        "| other words, % | change, % | perplexity |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| setting | seeds | identifiers, % | of held-out, % | gone, % | records, % | in 1000 tries, % "
+        "| AUC, reference | AUC, Min-K% | other words, % | change, % | perplexity |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        parts = [cell(row[name], percent) for name in ("leakage", "gone", "extraction", "in_tries")]
+        parts = [cell(row[name], percent) for name in ("leakage", "heldout", "gone", "extraction", "in_tries")]
         parts += [cell(row[name], lambda x: f"{x:.2f}") for name in ("membership_auc", "min_k_auc")]
         parts += [cell(row[name], percent) for name in ("other_words", "other_words_change")]
         parts += [cell(row["perplexity"], lambda x: f"{x:.2f}")]

@@ -161,6 +161,18 @@ def bootstrap_ratio(
     return percentile_interval(np.concatenate(ratios))
 
 
+def independent_difference(
+    first: tuple[float, float, float], second: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """(value, low, high) of the first minus the second of two independent figures, from theirs.
+
+    Reference: Zou and Donner 2008; with Wilson's intervals it is Newcombe's (1998, method 10). Two rates of 0 give an
+    interval as wide as theirs, never 0.
+    """
+    (a, a_low, a_high), (b, b_low, b_high) = first, second
+    return a - b, a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
+
+
 def rate_by_unit(
     hits: np.ndarray, units: np.ndarray, higher_is: HigherIs, bootstrap: int = 1000, seed: int = 0
 ) -> Measure:

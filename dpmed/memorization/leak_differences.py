@@ -6,14 +6,13 @@ so that difference is taken value by value. Decoys are values of other patients:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dpmed.memorization.intervals import Measure, NotApplicable, rate_by_unit
+from dpmed.memorization.intervals import Measure, NotApplicable, independent_difference, rate_by_unit
 from dpmed.memorization.leak_probes import STRATA, IdentifierValues
 from dpmed.memorization.paired import paired_rate_difference
 
@@ -134,12 +133,11 @@ def minus_base_and_decoys(own: Mapping[str, Any], decoys: Mapping[str, Any]) -> 
 def unpaired_difference(first: Measure, second: Measure, extra: Mapping[str, Any]) -> Measure:
     """First minus second of two independent figures, with an interval made of theirs.
 
-    Returns: n is that of the first.
-    Reference: Zou and Donner 2008; with Wilson's intervals it is Newcombe's (1998, method 10).
+    Returns: n is that of the first. See `independent_difference`.
     """
-    value = first.value - second.value
-    low = value - math.hypot(first.value - first.low, second.high - second.value)
-    high = value + math.hypot(first.high - first.value, second.value - second.low)
+    value, low, high = independent_difference(
+        (first.value, first.low, first.high), (second.value, second.low, second.high)
+    )
     return Measure(value, low, high, first.n, first.higher_is, extra)
 
 

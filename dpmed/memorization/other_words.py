@@ -8,10 +8,11 @@ does not know, which is as it should be. (Utility as accuracy on the other words
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from dpmed.data.tasks import EncodedRecords, TaskSpec
+from dpmed.data.tasks import EncodedRecords, TaskSpec, TokenSpan
 from dpmed.memorization.extraction import Figure
 from dpmed.memorization.fill_mask import NO_OTHER_WORD, masked_words
 from dpmed.memorization.intervals import Measure, NotApplicable, bootstrap_ratio, dense_units, rate_by_unit
@@ -25,11 +26,16 @@ def other_tokens(encoded: EncodedRecords, spec: TaskSpec) -> np.ndarray:
     """
     if spec.kind == "masked_lm":
         return masked_words(encoded).is_other
+    return ~span_tokens(encoded, lambda span: True)
+
+
+def span_tokens(encoded: EncodedRecords, counts: Callable[[TokenSpan], bool]) -> np.ndarray:
+    """Which text tokens are in a span that counts, bool [t]."""
     starts, total = text_starts(encoded)
-    found = np.ones(total, dtype=bool)
+    found = np.zeros(total, dtype=bool)
     for example, start in zip(encoded, starts, strict=True):
-        for span in example.spans:
-            found[start + span.start - example.text_start : start + span.end - example.text_start] = False
+        for span in filter(counts, example.spans):
+            found[start + span.start - example.text_start : start + span.end - example.text_start] = True
     return found
 
 

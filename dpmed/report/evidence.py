@@ -217,11 +217,12 @@ def _models(evidence: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(role, path, SHA-256) of the three models."""
     retrain = lookup(dict(evidence), "thresholds.clean_retrain")
     floor = "Floor: clean retrain" if retrain else "Floor: before fine-tuning"
-    weights = mapping(evidence, "weights")
+    weights, others = mapping(evidence, "weights"), mapping(evidence, "sha256")
+    before, of_floor = (str(others.get(role) or "not recorded") for role in ("before", "floor"))
     return [
         ("Sanitised weights", str(weights.get("path", "not recorded")), str(weights.get("sha256", "not recorded"))),
-        ("Checkpoint before sanitising", str(evidence.get("before") or "not recorded"), "not recorded"),
-        (floor, str(evidence.get("floor") or "none was given"), "not recorded"),
+        ("Checkpoint before sanitising", str(evidence.get("before") or "not recorded"), before),
+        (floor, str(evidence.get("floor") or "none was given"), of_floor),
     ]
 
 

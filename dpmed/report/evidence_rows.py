@@ -5,6 +5,7 @@ A row whose verdict does not follow from its numbers is refused: the page must n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ class EvidenceRow:
     threshold: float
     n: str
     reason: str
+    note: str
+    """Which of several attacks or numbers of tries the figure is of; empty for other measures."""
 
     @property
     def sign(self) -> str:
@@ -116,7 +119,16 @@ def _test(row: Any, settings: Mapping[str, Any], where: Path) -> EvidenceRow:
         threshold=threshold,
         n="not recorded" if n is None else f"{n:.0f}",
         reason=str(row.get("reason") or ("no reason recorded" if value is None else "")),
+        note=_note(row),
     )
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    attack, n_attacks, tries = row.get("attack"), finite(row.get("n_attacks")), row.get("tries")
+    if isinstance(attack, str) and n_attacks is not None:
+        return f"strongest of {n_attacks:.0f} attacks: {attack.replace('_', ' ')}"
+    found = re.fullmatch(r"n(\d+)_p(\d*\.?\d+)", tries) if isinstance(tries, str) else None
+    return f"{found[1]} tries, with a probability of at least {found[2]}" if found else ""
 
 
 def _follows(verdict: str, value: float | None, low: float | None, high: float | None, threshold: float) -> bool:

@@ -32,12 +32,16 @@ terms = script("confidential_terms")
 
 def run(folder: Path, method: str, seed: int, leak: float, words: float, *, masked: bool = False) -> None:
     figure = {"value": leak}
+    guessed = {"value": 0.1}
     side = {"identifier_extraction_rate": figure, "extraction_rate": figure, "membership_auc": None, "membership": None}
     if masked:
-        side |= {"identifier_extraction_rate": None, "fill_mask": {"identifiers": {"whole": figure}}}
+        side |= {"identifier_extraction_rate": None, "fill_mask": {"identifiers": {"top_1": figure}}}
+    heldout = side | {"identifier_extraction_rate": None if masked else guessed}
+    if masked:
+        heldout |= {"fill_mask": {"identifiers": {"top_1": guessed}}}
     evaluation = {
         "memorization": side,
-        "reference": {"heldout": side},
+        "reference": {"heldout": heldout},
         "utility": {"other_words_accuracy": {"value": words}, "other_words_perplexity": {"value": 2.0}},
     }
     path = folder / "runs" / f"{method}-s{seed}"
@@ -59,15 +63,16 @@ def test_a_run_is_compared_with_the_full_run_of_its_seed(tmp_path: Path, masked:
     gone = rows["sani"]["gone"]
     assert gone["value"] == pytest.approx((1.0 + 0.5) / 2) and gone["n_seeds"] == 2
     half = stats.t.ppf(0.975, 1) * 0.5 / 2  # the standard error of 1 and .5
-    assert 0.75 + half > 1  # cut at what is possible
-    assert (gone["low"], gone["high"]) == pytest.approx((0.75 - half, 1.0))
+    assert (gone["low"], gone["high"]) == pytest.approx((0.75 - half, 0.75 + half))
+    left = rows["sani"]["leakage"]
+    assert left["value"] == pytest.approx(0.3) and (left["low"], left["high"]) == (0, 1)  # cut at what is possible
     assert rows["sani"]["other_words_change"]["value"] == pytest.approx(-0.05)
     assert rows["full"]["gone"] is None and rows["base"]["leakage"]["low"] is None
-    assert "| sani | 2 | 30.0 (" in (tmp_path / "out.md").read_text()
+    assert "| sani | 2 | 30.0 (0.0 to 100.0) | 10.0 (" in (tmp_path / "out.md").read_text()
 
 
 def test_nothing_is_gone_where_nothing_had_leaked(tmp_path: Path) -> None:
-    for method, leak in (("base", 0.2), ("full", 0.2), ("sani", 0.1)):
+    for method, leak in (("base", 0.1), ("full", 0.1), ("sani", 0.05)):
         run(tmp_path, method, 0, leak, 0.8)
     runs = [table.read_run(path) for path in sorted((tmp_path / "runs").iterdir())]
     assert [r["gone"] for r in table.compared(runs)] == [None, None, None]

@@ -335,3 +335,14 @@ def test_report_of_changed_evidence_writes_nothing(tmp_path: Path, capsys: pytes
     assert cli.main(["report", str(folder), "--output_dir", str(tmp_path / "out")]) == 2
     assert "evidence.json: the verdict is not the one that its rows give" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_names_the_attack_the_tries_and_what_the_models_were(tmp_path: Path) -> None:
+    area = decide("as_released", "membership_auc", measured(0.8, 0.7, 0.9), 0.55)
+    tries = decide("as_released", "probabilistic_extraction_above_floor", measured(0.2, 0.1, 0.3), 0.02)
+    rows = [*usual_rows(), area | {"attack": "min_k_plus_plus", "n_attacks": 6}, tries | {"tries": "n1000_p0.1"}]
+    told = make_evidence(rows, sha256={"before": "cd" * 32, "floor": None})
+    page = build_evidence_page(told, tmp_path / "evidence.html").read_text(encoding="utf-8")
+    assert "strongest of 6 attacks: min k plus plus" in page
+    assert "1000 tries, with a probability of at least 0.1" in page
+    assert "cd" * 32 in page and "not recorded" in page
