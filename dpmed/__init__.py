@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dpmed.privacy.plan import PrivacyPlan
     from dpmed.report.build import build_report
     from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig
+    from dpmed.trainers.dp_sani import DPSANITrainer, DPSANITrainingConfig
     from dpmed.trainers.full import FullTrainer, FullTrainingConfig
     from dpmed.trainers.lora import LoRATrainer, LoRATrainingConfig
     from dpmed.trainers.sani import SANITrainer, SANITrainingConfig
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "DPLoRATrainer": "dpmed.trainers.dp_lora",
     "DPLoRATrainingConfig": "dpmed.trainers.dp_lora",
+    "DPSANITrainer": "dpmed.trainers.dp_sani",
+    "DPSANITrainingConfig": "dpmed.trainers.dp_sani",
     "FullTrainer": "dpmed.trainers.full",
     "FullTrainingConfig": "dpmed.trainers.full",
     "LoRATrainer": "dpmed.trainers.lora",
@@ -54,6 +57,8 @@ _MODULES = {
 __all__ = [
     "DPLoRATrainer",
     "DPLoRATrainingConfig",
+    "DPSANITrainer",
+    "DPSANITrainingConfig",
     "FullTrainer",
     "FullTrainingConfig",
     "LoRATrainer",
