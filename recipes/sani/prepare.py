@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dpmed.demo_model import demo_base_model
-from dpmed.errors import InputError, fault_line
+from dpmed.errors import InputError
 
 N_LAYERS = 6
 

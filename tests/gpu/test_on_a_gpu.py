@@ -71,7 +71,8 @@ def make_trainer(folder: Path, model: nn.Module, device: str, *, engine: Any, bf
 
 
 def trained(folder: Path, device: str, dtype: torch.dtype, engine: str = "one_pass") -> torch.Tensor:
-    model: Any = tiny_models.make_model("llama").to(dtype)
+    model: Any = tiny_models.make_model("llama")
+    model = model.to(dtype)
     torch.manual_seed(0)
     trainer = make_trainer(folder, model, device, engine=engine, bf16=dtype == torch.bfloat16)
     trainer.train()
@@ -104,7 +105,8 @@ class _Mixing(nn.Module):
 
 @DEVICES
 def test_a_layer_that_mixes_records_is_refused_over_a_bfloat16_base_too(tmp_path: Path, device: str):
-    model: Any = tiny_models.make_model("llama").to(torch.bfloat16)
+    model: Any = tiny_models.make_model("llama")
+    model = model.to(torch.bfloat16)
     torch.manual_seed(0)  # of the fresh adapters
     layer = model.model.layers[1]
     layer.mlp.down_proj = nn.Sequential(_Mixing(layer.mlp.down_proj))
@@ -155,7 +157,8 @@ def test_the_one_pass_is_the_same_everywhere(device: str, dtype: torch.dtype):
 @DEVICES
 def test_greedy_text_and_draws_do_not_hang_on_the_global_seed(device: str):
     tokenizer = tiny_models.make_tokenizer()
-    model: Any = tiny_models.make_model("llama").to(device)
+    model: Any = tiny_models.make_model("llama")
+    model = model.to(device)
     prompts = [[5, 9, 12], [7, 30, 31, 32, 33]]
     greedy = [g.tolist() for g in generate(model, tokenizer, prompts, new_tokens=6)]
     alone = [generate(model, tokenizer, [p], new_tokens=6)[0].tolist() for p in prompts]
