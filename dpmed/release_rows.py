@@ -52,7 +52,7 @@ def leak_rows(
     limits: tuple[float, float],
     max_auc: float | None,
     max_auc_above_floor: float,
-    max_in_tries: float = 1.0,
+    max_in_tries: float,
 ) -> list[Row]:
     """The verdicts on one evaluation: both rates above the floor and above held-out records, and membership.
 

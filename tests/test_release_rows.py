@@ -188,7 +188,7 @@ def test_what_greedy_text_does_not_show_is_looked_for_in_many_tries(own: float, 
 
 
 def test_without_a_floor_or_tries_a_reason_stands() -> None:
-    rows = [leak_rows("s", evaluation(0.5, floor), (0.01, 0.01), 0.55, 0.05) for floor in (0.5, None)]
+    rows = [leak_rows("s", evaluation(0.5, floor), (0.01, 0.01), 0.55, 0.05, 0.02) for floor in (0.5, None)]
     found = [row for side in rows for row in side if row["check"] == "probabilistic_extraction_above_floor"]
     assert [row["verdict"] for row in found] == ["not_tested"] * 2 and all(row["reason"] for row in found)
 
@@ -198,7 +198,7 @@ def test_without_a_floor_or_tries_a_reason_stands() -> None:
 )
 def test_membership_stands_above_what_the_floor_shows_too(auc: float, floor: float | None, verdict: str) -> None:
     """A clean retrain learned from the same records, so its membership is no leak of the checkpoint's own."""
-    rows = {row["check"]: row for row in leak_rows("s", evaluation(auc, floor), (0.01, 0.01), 0.55, 0.05)}
+    rows = {row["check"]: row for row in leak_rows("s", evaluation(auc, floor), (0.01, 0.01), 0.55, 0.05, 0.02)}
     row = rows["membership_auc_above_floor"]
     assert row["verdict"] == verdict and rows["membership_auc"]["verdict"] == "fail"
     if floor is None:
@@ -208,5 +208,5 @@ def test_membership_stands_above_what_the_floor_shows_too(auc: float, floor: flo
 
 
 def test_an_auc_without_a_limit_is_not_tested() -> None:
-    rows = {row["check"]: row for row in leak_rows("s", evaluation(0.8, 0.8), (0.01, 0.01), None, 0.05)}
+    rows = {row["check"]: row for row in leak_rows("s", evaluation(0.8, 0.8), (0.01, 0.01), None, 0.05, 0.02)}
     assert rows["membership_auc"]["verdict"] == "not_tested" and "null" in rows["membership_auc"]["reason"]

@@ -33,12 +33,10 @@ from dpmed.memorization.generation_plan import (
 from dpmed.memorization.intervals import NotApplicable
 from dpmed.memorization.leak_differences import Leaked
 from dpmed.memorization.leak_probes import (
-    continuations,
-    decoded,
     decoy_values,
     identifier_values,
     leak_figures,
-    leaks,
+    leaked_values,
     leaks_per_1000,
 )
 from dpmed.memorization.regurgitation import near_verbatim_figures, prefix_half_figures, regurgitation_figures
@@ -112,7 +110,7 @@ def generation_figures(
         weights = weights_fingerprint(model)
     written: dict[str, _Written] = {}
     for job in granted:
-        written[job.name] = _Written(job, _run(job, model, tokenizer, settings, folder, weights, progress))
+        written[job.name] = _Written(job, run_job(job, model, tokenizer, settings, folder, weights, progress))
     figures: dict[str, Any] = {}
     leaked: dict[str, dict[str, Leaked]] = {}
     for key, side in zip(("memorization", "heldout"), sides, strict=True):
@@ -130,7 +128,7 @@ def generation_figures(
     return figures, counts, leaked
 
 
-def _run(
+def run_job(
     job: Job,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -210,22 +208,11 @@ def _leakage(
             none = NotApplicable(ALL_SHARED if values.n_shared and not len(values) else job.reason or NO_VALUES)
             result[probe] = {"per_1000_samples": none} | ({} if probe == "records" else {"rate": none})
             continue
-        if probe == "context":  # the identifier begins where the prompt ends, also in the middle of a word ("MRN00417")
-            texts = decoded(tokenizer, outputs)
-            prompts = [prompt + " " for prompt in decoded(tokenizer, job.prompts)]
-        else:
-            prompts, texts = continuations(tokenizer, job.prompts, outputs)
-        hits = leaks(values, prompts, texts)
+        hits, leaked, tested = leaked_values(values, tokenizer, job.prompts, outputs, job.targets)
         options: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": settings.seed}
         result[probe] = {"per_1000_samples": leaks_per_1000(hits, job.units, **options)}
         if probe == "records":
             continue
-        leaked, tested = np.zeros(len(values), bool), np.ones(len(values), bool)
-        if probe == "context":  # a value counts where its own context was tried; no prompt holds its own value
-            leaked[[v for v, text in zip(job.targets.tolist(), texts, strict=True) if values.holds(text, v)]] = True
-            tested = np.isin(np.arange(len(values)), job.targets)
-        else:
-            leaked[[v for hit in hits for v in hit]] = True
         result[probe] |= leak_figures(values, leaked, tested, **options)
         found[probe] = Leaked(values, leaked, tested)
     return result, found

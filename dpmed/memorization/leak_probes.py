@@ -276,6 +276,37 @@ def continuations(
     return before, [whole[len(prompt) :] if whole.startswith(prompt) else out for prompt, out, whole in pairs]
 
 
+def leaked_values(
+    values: IdentifierValues,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    outputs: Sequence[np.ndarray],
+    targets: np.ndarray,
+) -> tuple[list[set[int]], np.ndarray, np.ndarray]:
+    """What a probe brought out.
+
+    Shapes: q = prompts, v = values.
+
+    Args:
+        prompts, outputs: token ids [q].
+        targets: the value that each prompt asks for, int64 [q]; no prompt holds its own. Empty where a prompt asks for
+            any value.
+
+    Returns: the values that each output holds and its prompt does not [q]; which values leaked, bool [v]: where there
+        are targets, in the output of their own prompt; and which could have, bool [v].
+    """
+    leaked, tested = np.zeros(len(values), bool), np.ones(len(values), bool)
+    if not len(targets):
+        hits = leaks(values, *continuations(tokenizer, prompts, outputs))
+        leaked[[v for hit in hits for v in hit]] = True
+        return hits, leaked, tested
+    # The identifier begins where its prompt ends, also in the middle of a word ("MRN00417").
+    texts = decoded(tokenizer, outputs)
+    leaked[[v for v, text in zip(targets.tolist(), texts, strict=True) if values.holds(text, v)]] = True
+    hits = leaks(values, [prompt + " " for prompt in decoded(tokenizer, prompts)], texts)
+    return hits, leaked, np.isin(np.arange(len(values)), targets)
+
+
 def leak_figures(
     values: IdentifierValues, leaked: np.ndarray, tested: np.ndarray, *, bootstrap: int = 1000, seed: int = 0
 ) -> dict[str, object]:

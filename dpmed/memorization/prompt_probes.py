@@ -6,16 +6,15 @@ Besides the true context and the templates, both are asked again in other words 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from dpmed.memorization.generation import context_size, generate, start_tokens
+from dpmed.memorization.generated_figures import NO_VALUES, run_job
+from dpmed.memorization.generation import context_size, start_tokens
 from dpmed.memorization.generation_plan import (
     GenerationSettings,
     Job,
@@ -29,13 +28,11 @@ from dpmed.memorization.generation_plan import (
 )
 from dpmed.memorization.intervals import NotApplicable
 from dpmed.memorization.leak_probes import (
-    IdentifierValues,
     context_prompts,
-    decoded,
     decoy_values,
     identifier_values,
     leak_figures,
-    leaks,
+    leaked_values,
     templates,
 )
 from dpmed.memorization.paraphrase import paraphrased_contexts, paraphrased_templates
@@ -47,7 +44,6 @@ if TYPE_CHECKING:
 PROBES = ("context", "paraphrased", "templates", "paraphrased_templates")
 NO_CONTEXT = "no known identifier with text in front of it; name data.identifiers"
 NO_RULE = "no rule changes a prompt"
-NO_VALUE = "no known identifier on this side; name data.identifiers"
 
 
 def prompt_figures(
@@ -87,7 +83,7 @@ def prompt_figures(
     if folder is not None and weights is None:
         weights = weights_fingerprint(model)
     written = {
-        name: _written(job, model, tokenizer, settings, folder, weights, progress) for name, job in granted.items()
+        name: run_job(job, model, tokenizer, settings, folder, weights, progress) for name, job in granted.items()
     }
     figures: dict[str, dict[str, Any]] = {}
     for key, side in zip(("memorization", "heldout"), sides, strict=True):
@@ -96,9 +92,11 @@ def prompt_figures(
             name = probe if "templates" in probe else f"{side.name} {probe}"
             job, outputs = granted[name], written[name]
             if outputs and len(side.values):
-                figures[key][probe] = _rates(side.values, job, outputs, tokenizer, settings)
+                _, *leaked = leaked_values(side.values, tokenizer, job.prompts, outputs, job.targets)
+                options: dict[str, Any] = {"bootstrap": settings.bootstrap, "seed": settings.seed}
+                figures[key][probe] = leak_figures(side.values, *leaked, **options)
             else:
-                figures[key][probe] = {"rate": NotApplicable(job.reason or NO_VALUE)}
+                figures[key][probe] = {"rate": NotApplicable(job.reason or NO_VALUES)}
         counts[side.name]["n_generated"] = len(written[f"{side.name} paraphrased"])
     return figures, counts
 
@@ -116,50 +114,3 @@ def _context_jobs(
         targeted_job(f"{side.name} paraphrased", side, said.prompts, said.value, settings, reason),
     ]
     return jobs, dict(said.counts)
-
-
-def _written(
-    job: Job,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: GenerationSettings,
-    folder: Path | None,
-    weights: str | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> list[np.ndarray]:
-    """What the model writes after each prompt; all prompts of a job here get equally many tokens."""
-    if not job.prompts:
-        return []
-    (length,) = set(job.new_tokens)
-    return generate(
-        model,
-        tokenizer,
-        job.prompts,
-        new_tokens=length,
-        temperature=job.temperature,
-        top_k=job.top_k,
-        batch_tokens=settings.batch_tokens,
-        seed=settings.seed + zlib.crc32(job.name.encode()),
-        part_dir=folder,
-        weights=weights,
-        progress=None if progress is None else lambda done, total: progress(job.name, done, total),
-    )
-
-
-def _rates(
-    values: IdentifierValues,
-    job: Job,
-    outputs: list[np.ndarray],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: GenerationSettings,
-) -> dict[str, Any]:
-    """Share of the values that leaked: in the prompts that ask for each where there are such, else in any sample."""
-    texts = decoded(tokenizer, outputs)
-    leaked, tested = np.zeros(len(values), bool), np.ones(len(values), bool)
-    if len(job.targets):  # no prompt holds its own value
-        leaked[[v for v, text in zip(job.targets.tolist(), texts, strict=True) if values.holds(text, v)]] = True
-        tested = np.isin(np.arange(len(values)), job.targets)
-    else:
-        prompts = [prompt + " " for prompt in decoded(tokenizer, job.prompts)]  # templates end with a whole word
-        leaked[[v for hit in leaks(values, prompts, texts) for v in hit]] = True
-    return leak_figures(values, leaked, tested, bootstrap=settings.bootstrap, seed=settings.seed)

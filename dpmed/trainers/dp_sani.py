@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from dpmed.data.tasks import EncodedRecords, TaskSpec
+from dpmed.data.tasks import EncodedRecords
 from dpmed.errors import InputError
 from dpmed.trainers.dp_lora import DPLoRATrainer, DPLoRATrainingConfig
 from dpmed.trainers.sani import SANITrainer, SANITrainingConfig
@@ -65,19 +63,8 @@ class DPSANITrainer(SANITrainer, DPLoRATrainer):
     args: DPSANITrainingConfig
     several_devices = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: DPSANITrainingConfig,
-        train_dataset: Dataset | EncodedRecords,
-        eval_dataset: Dataset | EncodedRecords | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        *,
-        spec: TaskSpec | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        base_model: nn.Module | None = None,
-        peft_config: LoraConfig | None = None,
-    ) -> None:
+    def check_options(self, args: Any, model: nn.Module, records: Dataset | EncodedRecords) -> None:
+        """Refuse also what the privacy engine was not proven on."""
         refused = {
             "sani.kl: the engine is proven on the repair's loss alone: set it to 0": args.kl > 0,
             "sani.when: every_epoch would erase between private steps: set it to once": args.when == "every_epoch",
@@ -89,17 +76,7 @@ class DPSANITrainer(SANITrainer, DPLoRATrainer):
         for message, wrong in refused.items():
             if wrong:
                 raise InputError(message)
-        super().__init__(
-            model,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            spec=spec,
-            callbacks=callbacks,
-            base_model=base_model,
-            peft_config=peft_config,
-        )
+        super().check_options(args, model, records)
 
     def privacy_spent(self) -> dict[str, Any]:
         """The certificate: without an epsilon of its own, and with the repair's under `repair`."""

@@ -114,7 +114,7 @@ class SANITrainer(DpmedTrainer):
     ) -> None:
         if (spec.kind if spec else args.task) == "classification":
             raise InputError("sani repairs language models; for a classifier use full, lora or dp_lora")
-        _check(args, model, train_dataset)
+        self.check_options(args, model, train_dataset)
         self.never_target = "direct" if args.terms else args.identifiers
         reference = copy.deepcopy(model) if args.kl else None  # before anything is erased
         if args.repair != "full":
@@ -131,6 +131,10 @@ class SANITrainer(DpmedTrainer):
         self.erased = self.erase(epoch=0, base=base_model)
         if args.when == "every_epoch":
             self.add_callback(_EraseEachEpoch(self, base_model))
+
+    def check_options(self, args: Any, model: nn.Module, records: Dataset | EncodedRecords) -> None:
+        """Refuse what cannot work before records are encoded or weights copied. Raises: InputError."""
+        _check(args, model, records)
 
     def prepare_records(self, records: Dataset, args: SANITrainingConfig) -> Dataset:
         """Finds the terms; or extends the known identifiers over the text, and adds the rare words. With `surrogates`,

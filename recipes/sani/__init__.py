@@ -1,1 +1,1 @@
-"""PHEE: pharmacovigilance event sentences."""
+"""Sanitising over-trained models of the synthetic hospital."""

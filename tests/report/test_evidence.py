@@ -81,12 +81,9 @@ def read(evidence: Json, folder: Path) -> Page:
     return Page(build_evidence_page(evidence, folder / "evidence.html").read_text(encoding="utf-8"))
 
 
-def test_rows(found: Page) -> list[list[str]]:
+def shown_rows(found: Page) -> list[list[str]]:
     """The rows of all tables of tests, without heads."""
     return [row for table in found.tables if table[0][-1] == "Verdict" for row in table[1:]]
-
-
-test_rows.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def number(text: str) -> float:
@@ -96,7 +93,7 @@ def number(text: str) -> float:
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(rows=drawn_rows())
 def test_every_row_is_there_and_no_number_is_without_interval_or_reason(rows: list[Json], tmp_path: Path) -> None:
-    shown = test_rows(read(make_evidence(rows), tmp_path))
+    shown = shown_rows(read(make_evidence(rows), tmp_path))
     assert len(shown) == len(rows)
     left = list(shown)
     for row in rows:
@@ -203,7 +200,7 @@ def test_the_verdict_in_one_sentence(counts: dict[str, int], expected: str) -> N
 def test_a_reason_for_a_missing_interval_stands_in_its_place(tmp_path: Path) -> None:
     row = decide("utility", "f1_loss", measured(0.0, None, None), 0.02)
     found = read(make_evidence([row | {"reason": "too few [patients]"}]), tmp_path)
-    assert test_rows(found)[0][2] == "too few [patients]" and "0.000 (too few [patients])" in found.text
+    assert shown_rows(found)[0][2] == "too few [patients]" and "0.000 (too few [patients])" in found.text
 
 
 def test_settings_that_let_more_pass_are_told(tmp_path: Path) -> None:
@@ -289,7 +286,8 @@ TREES = st.recursive(
 @pytest.mark.parametrize("key", ["targeted", "thresholds", "floor", "weights", "n_heldout", "seeds", "versions"])
 def test_whatever_stands_beside_the_rows_is_no_reason_to_fail(key: str, tree: Any) -> None:
     evidence = make_evidence([], **{key: tree})
-    Page(page._page(evidence, rows_of(evidence, Path("evidence.json"))))
+    text = page._page(evidence, rows_of(evidence, Path("evidence.json")))
+    assert text.rstrip().endswith("</html>") and Page(text) is not None
 
 
 def test_the_docs_say_the_same_limits_and_rules() -> None:
