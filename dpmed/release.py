@@ -106,7 +106,9 @@ def release_gate(weights: Path, recipe: Recipe, splits: Splits, folder: Path) ->
     stages = list(gate.stages())
     made_of = [digest, dump_recipe(recipe), data_fingerprint(members), data_fingerprint(heldout)]
     made_of += [] if terms is None else read_terms(terms)
-    made_of += [_content(path) for path in (gate.floor, recipe.model.path, recipe.release.public_text)]
+    named = {"before": recipe.model.path, "floor": gate.floor, "public_text": recipe.release.public_text}
+    hashes = {role: _content(path) for role, path in named.items()}
+    made_of += [hashes[role] or path for role, path in named.items()]
     stamp = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     with progress("release gate", len(stages)) as bar:
         for number, (name, run) in enumerate(stages):
@@ -129,7 +131,7 @@ def release_gate(weights: Path, recipe: Recipe, splits: Splits, folder: Path) ->
         "floor": gate.floor,
         "before": recipe.model.path,
         "weights": {"path": str(weights), "sha256": digest},
-        "sha256": {role: hashed(path) for role, path in (("before", recipe.model.path), ("floor", gate.floor))},
+        "sha256": {role: hashes[role] for role in ("before", "floor")},
         "task": spec.kind,
         "n_heldout": {"n_records": len(heldout), "n_units": len(set(heldout["unit"]))},
         "seeds": {"training": recipe.training.seed, "relearning": recipe.training.seed},
@@ -153,15 +155,10 @@ def _finished(path: Path, stamp: str, run: Callable[[], list[Row]]) -> list[Row]
     return rows
 
 
-def hashed(path: str | None) -> str | None:
-    """SHA-256 of a model folder's weights; None of a Hub id, whose weights are not files here."""
-    return None if path is None or not Path(path).expanduser().is_dir() else weights_digest(Path(path).expanduser())
-
-
 def _content(path: str | None) -> str | None:
-    """Hash of what a folder of weights or a file holds; of a Hub id its name."""
+    """SHA-256 of what a folder of weights or a file holds; None of a Hub id, whose weights are not files here."""
     if path is None or not Path(path).expanduser().exists():
-        return path
+        return None
     where = Path(path).expanduser()
     return weights_digest(where) if where.is_dir() else hashlib.sha256(where.read_bytes()).hexdigest()
 
